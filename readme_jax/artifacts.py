@@ -1,0 +1,181 @@
+"""A stage's output folder: built beside its final name, closed by a manifest, renamed whole.
+
+A folder with `manifest.json` is finished; without one it does not exist. The manifest holds what made the folder
+(stage, config, versions, parents) and the size and sha256 of every file in it.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from readme_jax.config import ArtifactError, require, save_yaml, to_dict
+
+MANIFEST = "manifest.json"
+
+
+def sha256(path: Path) -> str:
+    """Hex sha256 of a file, read in 1 MiB pieces."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def fingerprint(config: Any, parents: dict[str, Path]) -> str:
+    """Identity of a result: its config and the content of its parents. Where they lie and where it goes is left out."""
+    heads = {name: parent_identity(path) for name, path in sorted(parents.items())}
+    text = json.dumps({"config": _result_fields(config), "parents": heads}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def parent_identity(path: Path) -> str:
+    """What stands for a parent folder in a fingerprint: its files' hashes, so a copy elsewhere is the same parent."""
+    manifest = read_manifest(path)
+    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+
+
+def _result_fields(config: Any) -> Any:
+    data = to_dict(config)
+    return {k: v for k, v in data.items() if k not in ("out", "parents")} if isinstance(data, dict) else data
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "datasets", "readme-jax", "torch")
+    found = {"python": platform.python_version()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
+
+
+def read_manifest(folder: str | Path) -> dict:
+    """The manifest of a finished folder; ArtifactError when there is none or it cannot be read."""
+    path = Path(folder) / MANIFEST
+    require(path.is_file(), f"{folder}: not a finished result ({MANIFEST} is missing)", ArtifactError)
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError:
+        raise ArtifactError(f"{path}: not valid JSON; the result was damaged") from None
+
+
+def verify(folder: str | Path, *, hashes: bool = False) -> dict:
+    """Check that every file of the manifest is there with its size (and sha256 with `hashes`). Returns the manifest."""
+    folder, manifest = Path(folder), read_manifest(folder)
+    for name, entry in manifest["files"].items():
+        path = folder / name
+        require(path.is_file(), f"{path}: listed in {MANIFEST} but missing", ArtifactError)
+        size = path.stat().st_size
+        require(size == entry["bytes"], f"{path}: {size} bytes, the manifest says {entry['bytes']}", ArtifactError)
+        if hashes:
+            require(sha256(path) == entry["sha256"], f"{path}: sha256 differs from the manifest", ArtifactError)
+    return manifest
+
+
+def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Path]) -> bool:
+    """True when `folder` holds the whole result of this stage, config and parents; False when it does not exist.
+
+    A folder that is there but belongs to another run raises ArtifactError: nothing is ever overwritten.
+    """
+    folder = Path(folder)
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    require(folder.is_dir(), f"out={folder} is a file, a folder is needed", ArtifactError)
+    require(
+        (folder / MANIFEST).is_file(),
+        f"out={folder} is not empty and was not made by readme-jax; choose another folder",
+        ArtifactError,
+    )
+    manifest = verify(folder)
+    mine = fingerprint(config, parents)
+    same = manifest["stage"] == stage and manifest["fingerprint"] == mine
+    require(
+        same,
+        f"out={folder} belongs to another run (stage {manifest['stage']}, {_difference(manifest, stage, config)}); "
+        "choose another folder",
+        ArtifactError,
+    )
+    return True
+
+
+def _difference(manifest: dict, stage: str, config: Any) -> str:
+    old, new = manifest["config"], _result_fields(config)
+    for key in new:
+        if manifest["stage"] == stage and old.get(key) != new[key]:
+            return f"{key}={old.get(key)!r} there, {new[key]!r} here"
+    return "other inputs"
+
+
+@dataclasses.dataclass
+class Work:
+    """A result under construction. `path` is where files go; `info` ends up in the manifest."""
+
+    path: Path
+    info: dict[str, Any]
+
+
+@contextlib.contextmanager
+def building(folder: str | Path, stage: str, config: Any, parents: dict[str, Path]) -> Iterator[Work]:
+    """Build `folder` beside itself (`.<name>.partial`); on a clean exit hash, write the manifest, rename whole.
+
+    The partial folder survives a kill when it carries the same fingerprint, so a stage may go on from what it finds
+    there; one of another run is cleared. A full disk leaves no result and raises ArtifactError.
+    """
+    folder = Path(folder)
+    partial = folder.parent / f".{folder.name}.partial"
+    mark, mine = partial / "fingerprint", fingerprint(config, parents)
+    try:
+        if partial.exists() and not (mark.is_file() and mark.read_text() == mine):
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        mark.write_text(mine)
+        work = Work(partial, {})
+        yield work
+        save_yaml(config, partial / "config.yaml")
+        mark.unlink()
+        files = {
+            str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
+            for p in sorted(partial.rglob("*"))
+            if p.is_file() and p.name != MANIFEST
+        }
+        manifest = {
+            "stage": stage,
+            "fingerprint": mine,
+            "config": _result_fields(config),
+            "parents": {name: str(path) for name, path in parents.items()},
+            "versions": versions(),
+            "info": work.info,
+            "files": files,
+        }
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
+        if folder.exists():
+            folder.rmdir()
+        os.rename(partial, folder)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(partial, ignore_errors=True)
+            raise ArtifactError(f"out={folder}: the disk is full; nothing was written") from None
+        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+            raise ArtifactError(f"out={folder}: cannot be written ({os.strerror(error.errno)})") from None
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all: temporary name, flush to disk, rename."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
