@@ -1,0 +1,253 @@
+"""Losses: next token and distillation through a fused head, and the router's labels (METHOD section 3).
+
+All router label kinds reduce to one target distribution per token: the reference's loss is linear in it, and the
+mean over layers of the losses is the loss of the mean target (up to the reference's sum in place of the mean).
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from readme_jax.config import require
+from readme_jax.models.layers import ACTIVATION
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LabelConfig:
+    """Router labels from a dense run.
+
+    kind: `overlap` (the reference: channels among the token's most active that an expert owns) or `energy` (share of
+    the FFN output's energy that an expert keeps). signed: rank h instead of |h| in `overlap` (the reference's
+    oversight, for parity). hard_weight, soft_weight: mix of arg-max label and softmax label. label_smoothing: of the
+    arg-max label. temperature: divides the score before the softmax (reference: 0.1).
+    """
+
+    kind: Literal["overlap", "energy"] = "energy"
+    signed: bool = False
+    hard_weight: float = 0.0
+    soft_weight: float = 1.0
+    label_smoothing: float = 0.0
+    temperature: float = 0.02
+
+    def __post_init__(self):
+        require(self.temperature > 0, f"temperature={self.temperature} must be positive")
+        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1)")
+        require(
+            min(self.hard_weight, self.soft_weight) >= 0 and self.hard_weight + self.soft_weight > 0,
+            f"hard_weight={self.hard_weight} and soft_weight={self.soft_weight} must be >= 0 and not both 0",
+        )
+
+
+PAPER_LABELS = LabelConfig(
+    kind="overlap", signed=True, hard_weight=0.75, soft_weight=0.25, label_smoothing=0.5, temperature=0.1
+)
+
+
+def kth_largest(x: jax.Array, rank: int) -> jax.Array:
+    """The value at zero-based descending `rank` along the last axis, keepdims; exact, float32.
+
+    Bisection on the order-preserving integer image of the floats: 32 passes of compare and count instead of a sort,
+    which XLA runs 10x slower on CPU.
+    """
+    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
+    key = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+    def narrow(i, found):
+        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        enough = jnp.sum(key >= trial, -1, keepdims=True, dtype=jnp.int32) > rank
+        return jnp.where(enough, trial, found)
+
+    zero = jnp.sum(key, -1, keepdims=True) & jnp.uint32(0)  # placed like the counts, whatever the mesh
+    found = jax.lax.fori_loop(0, 32, narrow, zero)
+    bits = jnp.where(found >> 31 == 1, found ^ jnp.uint32(1 << 31), ~found)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def overlap_score(h_BTF: jax.Array, exclusive_EF: jax.Array, signed: bool) -> jax.Array:
+    """The reference's `overlap` score of a layer, float32 [B, T, E], before its factor 10.
+
+    exclusive_EF: bool masks without the channels common to all experts. With n channels in expert 0's mask and s the
+    activations in descending order: f = sum over m in {n-1, 4n/5, 3n/5, 2n/5, n/5} of [h > s_m] / 3n, score = f M^T.
+    Subtracting the batch mean, as the reference does, changes neither softmax nor argmax.
+    """
+    ranked = h_BTF.astype(jnp.float32) if signed else jnp.abs(h_BTF.astype(jnp.float32))
+    n = jnp.sum(exclusive_EF[0], dtype=jnp.int32)
+    # n differs by layer inside the scan, so the rank is traced.
+    ranks = [n - 1] + [(k * n) // 5 for k in (4, 3, 2, 1)]
+    marks_BTF = sum((ranked > kth_largest(ranked, jnp.maximum(m, 0))).astype(jnp.float32) for m in ranks)
+    score_BTE = jnp.einsum("btf,ef->bte", marks_BTF, exclusive_EF.astype(jnp.float32), out_sharding=ACTIVATION)
+    return score_BTE / (3.0 * jnp.maximum(n, 1))
+
+
+def energy_score(h_BTF: jax.Array, w_down_FD: jax.Array, mask_EF: jax.Array) -> jax.Array:
+    """Share of sum_j h_j^2 ||w_j||^2 that each expert keeps, float32 [B, T, E]; w_j is column j of down_proj."""
+    norm_F = jnp.sum(jnp.square(w_down_FD.astype(jnp.float32)), -1)
+    energy_BTF = jnp.square(h_BTF.astype(jnp.float32)) * norm_F
+    kept_BTE = jnp.einsum("btf,ef->bte", energy_BTF, mask_EF.astype(jnp.float32), out_sharding=ACTIVATION)
+    return kept_BTE / jnp.maximum(jnp.sum(energy_BTF, -1, keepdims=True), 1e-30)
+
+
+def target(score_BTE: jax.Array, config: LabelConfig) -> jax.Array:
+    """Target distribution [B, T, E] of a score: hard_weight * smoothed one-hot + soft_weight * softmax(score / T)."""
+    experts = score_BTE.shape[-1]
+    hard_BTE = jax.nn.one_hot(jnp.argmax(score_BTE, -1), experts) * (1 - config.label_smoothing)
+    hard_BTE += config.label_smoothing / experts
+    return config.hard_weight * hard_BTE + config.soft_weight * jax.nn.softmax(score_BTE / config.temperature, -1)
+
+
+def label_tap(config: LabelConfig):
+    """What `backbone.forward(tap=...)` needs to label tokens in a dense run with the expert table given."""
+
+    def tap(h_BTF, layer, table):
+        mask_EF = jnp.pad(table.mask_LEU, ((0, 0), (0, h_BTF.shape[-1] - table.mask_LEU.shape[-1])))
+        if config.kind == "energy":
+            return energy_score(h_BTF, layer.w_down[...], mask_EF)
+        exclusive_EF = mask_EF & ~jnp.all(mask_EF, axis=0, keepdims=True)
+        return target(overlap_score(h_BTF, exclusive_EF, config.signed), config)
+
+    return tap
+
+
+def combine_layers(seen_LBTE: jax.Array, config: LabelConfig) -> jax.Array:
+    """Target distribution [B, T, E] from what `label_tap` gave per layer.
+
+    `overlap`: the mean of the layers' targets. `energy`: the target of the mean share.
+    """
+    mean_BTE = jnp.mean(seen_LBTE, axis=0)
+    return target(mean_BTE, config) if config.kind == "energy" else mean_BTE
+
+
+def router_loss(logits_BTE: jax.Array, target_BTE: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(sum of -sum_e target log softmax(logits) over weighted tokens, sum of weights)."""
+    per_token_BT = -jnp.sum(target_BTE * jax.nn.log_softmax(logits_BTE, -1), -1)
+    return jnp.sum(per_token_BT * weight_BT), jnp.sum(weight_BT)
+
+
+def next_token(ids_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(target ids [B, T], float32 weights [B, T]): the next token where it belongs to the same document, else 0."""
+    following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))
+    weight_BT = (segments_BT == following_BT) & (segments_BT > 0)
+    return jnp.pad(ids_BT[:, 1:], ((0, 0), (0, 1))), weight_BT.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadLoss:
+    """Static part of `head_loss`: kd weighs KL(teacher || student), ce the next-token loss; chunk in positions."""
+
+    kd: float
+    ce: float
+    chunk: int
+
+
+def head_loss(
+    static: HeadLoss,
+    head_VD: jax.Array,
+    x_BTD: jax.Array,
+    teacher_VD: jax.Array,
+    teacher_BTD: jax.Array,
+    target_BT: jax.Array,
+    weight_BT: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Weighted sum of kd * KL + ce * CE over tokens, with the sums of both parts, from hidden states [B, T, D].
+
+    Logits exist for `chunk` positions at a time, and their gradient is taken in the same pass: the [B, T, V] arrays of
+    a plain implementation are never built and nothing is recomputed. Teacher arrays get no gradient.
+    """
+    total, kl, ce = _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+    return total, {"kl": jax.lax.stop_gradient(kl), "ce": jax.lax.stop_gradient(ce)}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+    sums, _, _ = _scan_chunks(static, False, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+    return sums
+
+
+def _fused_forward(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+    args = (head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+    sums, grad_x, grad_head = _scan_chunks(static, True, *args)
+    return sums, (grad_x, grad_head)
+
+
+def _fused_backward(static, saved, cotangents):
+    grad_x, grad_head = saved
+    scale = cotangents[0]
+    return (grad_head * scale).astype(grad_head.dtype), (grad_x * scale).astype(grad_x.dtype), None, None, None, None
+
+
+_fused.defvjp(_fused_forward, _fused_backward)
+
+
+def _chunks(a_BT: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...], zero-padded."""
+    b, t = a_BT.shape[:2]
+    chunk = min(chunk, t)
+    a_BT = jnp.pad(a_BT, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
+    return jnp.moveaxis(a_BT.reshape(b, -1, chunk, *a_BT.shape[2:]), 1, 0)
+
+
+def _scan_chunks(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+    b, t, d = x_BTD.shape
+    head = head_VD.astype(x_BTD.dtype)
+    teacher_head = teacher_VD.astype(teacher_BTD.dtype)
+
+    def logits(x, w):
+        return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32, out_sharding=ACTIVATION)
+
+    def body(carry, inputs):
+        total, kl, ce, grad_head = carry
+        x, teacher_x, ids, weight = inputs
+        logp = jax.nn.log_softmax(logits(x, head), -1)
+        nll = -jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
+        kl_t = jnp.zeros_like(nll)
+        p_teacher = None
+        if static.kd:
+            logp_teacher = jax.nn.log_softmax(logits(teacher_x, teacher_head), -1)
+            p_teacher = jnp.exp(logp_teacher)
+            kl_t = jnp.sum(p_teacher * (logp_teacher - logp), -1)
+        loss = jnp.sum((static.kd * kl_t + static.ce * nll) * weight)
+        grad_x = None
+        if gradient:
+            p = jnp.exp(logp)
+            wanted = static.ce * (jnp.arange(p.shape[-1]) == ids[..., None])
+            if p_teacher is not None:
+                wanted = wanted + static.kd * p_teacher
+            grad = (((static.kd + static.ce) * p - wanted) * weight[..., None]).astype(x.dtype)
+            grad_x = jnp.einsum("btv,vd->btd", grad, head, out_sharding=ACTIVATION)
+            grad_head += jnp.einsum(
+                "btv,btd->vd", grad, x, preferred_element_type=jnp.float32, out_sharding=jax.P(None, None)
+            )
+        return (total + loss, kl + jnp.sum(kl_t * weight), ce + jnp.sum(nll * weight), grad_head), grad_x
+
+    zero = jnp.zeros((), jnp.float32)
+    start = (zero, zero, zero, jnp.zeros(head_VD.shape, jnp.float32) if gradient else zero)
+    inputs = tuple(_chunks(a, static.chunk) for a in (x_BTD, teacher_BTD, target_BT, weight_BT))
+    (total, kl, ce, grad_head), grad_x = jax.lax.scan(body, start, inputs)
+    if gradient:
+        grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(b, -1, d)[:, :t]
+        grad_head = grad_head.astype(head_VD.dtype)
+    return (total, kl, ce), grad_x, grad_head
+
+
+def token_loss(
+    head_VD: jax.Array, x_BTD: jax.Array, target_BT: jax.Array, weight_BT: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+    """Next-token loss summed by row, float32 [B], and the weights summed by row [B]; logits in chunks of positions."""
+
+    def one(inputs):
+        x, ids, weight = inputs
+        logits = jnp.einsum(
+            "btd,vd->btv",
+            x,
+            head_VD.astype(x.dtype),
+            preferred_element_type=jnp.float32,
+            out_sharding=ACTIVATION,
+        )
+        logp = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), ids[..., None], -1)[..., 0]
+        return jnp.sum(-logp * weight, -1)
+
+    pieces = tuple(_chunks(a, chunk) for a in (x_BTD, target_BT, weight_BT))
+    return jnp.sum(jax.lax.map(one, pieces), 0), jnp.sum(weight_BT, -1)

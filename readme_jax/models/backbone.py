@@ -1,0 +1,258 @@
+"""Llama-family decoder as stacked NNX modules run under `lax.scan`: Llama 2/3, SmolLM2, Mistral, Qwen2, Qwen3.
+
+NNX declares the parameters; they live and move as a pure dict (`hf.load_params`), merged inside jit. The FFN is run
+with the tokens' experts, or with all channels when no route is given (the dense model).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from readme_jax.config import ModelConfig
+from readme_jax.models import experts
+from readme_jax.models.experts import ExpertTable, Route
+from readme_jax.models.layers import (
+    ACTIVATION,
+    apply_rope,
+    attention,
+    cache_mask,
+    packed_mask,
+    positions,
+    rms_norm,
+    rope_tables,
+    windowed,
+)
+from readme_jax.sharding import put, spec
+
+Params = dict[str, Any]
+Remat = Literal["none", "full"]
+
+
+def block_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
+    """Logical axes of every parameter of a block (without the leading `layer`): the only list of them."""
+    heads, kv_heads = ("head", "head_dim"), ("kv_head", "head_dim")
+    axes: dict[str, tuple[str, ...]] = {
+        "attn_norm": ("embed",),
+        "w_q": (*heads, "embed"),
+        "w_k": (*kv_heads, "embed"),
+        "w_v": (*kv_heads, "embed"),
+        "w_o": ("embed", *heads),
+        "mlp_norm": ("embed",),
+        "w_gate": ("mlp", "embed"),
+        "w_up": ("mlp", "embed"),
+        "w_down": ("mlp", "embed"),
+    }
+    if cfg.qkv_bias:
+        axes |= {"b_q": heads, "b_k": kv_heads, "b_v": kv_heads}
+    if cfg.out_bias:
+        axes |= {"b_o": ("embed",)}
+    if cfg.qk_norm:
+        axes |= {"q_norm": ("head_dim",), "k_norm": ("head_dim",)}
+    if cfg.mlp_bias:
+        axes |= {"b_gate": ("mlp",), "b_up": ("mlp",), "b_down": ("embed",)}
+    return axes
+
+
+def weight(cfg: ModelConfig, *axes: str) -> nnx.Param:
+    """A declared parameter; its shape follows from its logical axes. Values come from a checkpoint, never from here."""
+    return nnx.Param(jnp.zeros([getattr(cfg, axis) for axis in axes], jnp.float32))
+
+
+class Block(nnx.Module):
+    """All decoder blocks, stacked on a leading layer axis; inside the scan an instance holds one layer."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        for name, axes in block_axes(cfg).items():
+            setattr(self, name, weight(cfg, "layer", *axes))
+
+    def qkv(self, x_BTD: jax.Array, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [B,T,N,H], keys and values [B,T,K,H] of the normed input, rotated."""
+
+        def project(w, b):
+            y = jnp.einsum("btd,nhd->btnh", x_BTD, w[...].astype(x_BTD.dtype))
+            return y if b is None else y + b[...].astype(x_BTD.dtype)
+
+        bias = self.cfg.qkv_bias
+        q_BTNH = project(self.w_q, self.b_q if bias else None)
+        k_BTKH = project(self.w_k, self.b_k if bias else None)
+        v_BTKH = project(self.w_v, self.b_v if bias else None)
+        if self.cfg.qk_norm:
+            q_BTNH = rms_norm(q_BTNH, self.q_norm[...], self.cfg.norm_eps)
+            k_BTKH = rms_norm(k_BTKH, self.k_norm[...], self.cfg.norm_eps)
+        return apply_rope(q_BTNH, rope), apply_rope(k_BTKH, rope), v_BTKH
+
+    def __call__(self, x_BTD: jax.Array, rope, attend: Callable, ffn: Callable):
+        """One block. attend(q, k, v) -> [B,T,N,H] owns mask and cache; ffn(x, self) -> (y, what the caller taps)."""
+        with jax.named_scope("attention"):
+            y_BTNH = attend(*self.qkv(rms_norm(x_BTD, self.attn_norm[...], self.cfg.norm_eps), rope))
+            w_DNH = self.w_o[...].astype(x_BTD.dtype)
+            y_BTD = jnp.einsum("btnh,dnh->btd", y_BTNH, w_DNH, out_sharding=ACTIVATION)
+            x_BTD += y_BTD + self.b_o[...].astype(x_BTD.dtype) if self.cfg.out_bias else y_BTD
+        y_BTD, seen = ffn(rms_norm(x_BTD, self.mlp_norm[...], self.cfg.norm_eps), self)
+        return x_BTD + y_BTD, seen
+
+
+class Backbone(nnx.Module):
+    """Embedding, stacked blocks, final norm and head: the declaration that gives `graph` and the parameter tree."""
+
+    def __init__(self, cfg: ModelConfig):
+        self.cfg = cfg
+        self.embedding = weight(cfg, "vocab", "embed")
+        self.layers = Block(cfg)
+        self.norm = weight(cfg, "embed")
+        if not cfg.tied:
+            self.head = weight(cfg, "vocab", "embed")
+
+
+@functools.cache
+def _declare(cfg: ModelConfig) -> tuple[Any, Params]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: Backbone(cfg)))
+    return graph, nnx.to_pure_dict(state)
+
+
+def abstract_params(cfg: ModelConfig) -> Params:
+    """Shapes (float32) of the parameter tree, no memory used."""
+    return _declare(cfg)[1]
+
+
+def param_specs(cfg: ModelConfig) -> Params:
+    """PartitionSpec of every parameter, same tree as `abstract_params`."""
+    specs: Params = {
+        "embedding": spec("vocab", "embed"),
+        "layers": {name: spec("layer", *axes) for name, axes in block_axes(cfg).items()},
+        "norm": spec("embed"),
+    }
+    return specs if cfg.tied else specs | {"head": spec("vocab", "embed")}
+
+
+def place(cfg: ModelConfig, params: Params) -> Params:
+    """Put host parameters on the current mesh by the sharding table."""
+    return jax.tree.map(put, params, param_specs(cfg))
+
+
+def merge(cfg: ModelConfig, params: Params) -> Backbone:
+    """The module over traced parameters; free at run time."""
+    return nnx.merge(_declare(cfg)[0], params)
+
+
+def embed(embedding_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
+    """Token embeddings [B, T, D] in the compute dtype."""
+    return embedding_VD.at[ids_BT].get(out_sharding=ACTIVATION).astype(dtype)
+
+
+def head_weight(params: Params) -> jax.Array:
+    """[V, D] of the output head; the embedding when tied."""
+    return params["head"] if "head" in params else params["embedding"]
+
+
+def windows(cfg: ModelConfig) -> jax.Array | None:
+    """int32 [L] sliding window per layer, None when every layer sees everything (no mask work in the scan then)."""
+    return jnp.array(cfg.windows, jnp.int32) if any(cfg.windows) else None
+
+
+def forward(
+    cfg: ModelConfig,
+    params: Params,
+    ids_BT: jax.Array,
+    segments_BT: jax.Array,
+    *,
+    table: ExpertTable | None = None,
+    route: Route | None = None,
+    tap: Callable | None = None,
+    dtype=jnp.float32,
+    remat: Remat = "none",
+) -> tuple[jax.Array, Any]:
+    """Final hidden states [B, T, D] (normed, before the head) of packed records, and what `tap` saw in each layer.
+
+    segments_BT: int32, equal ids attend to each other, 0 is padding. route None runs all channels (dense).
+    tap(h_BTF, layer, layer's table or None) is called on the input of down_proj in a dense run; its outputs come back
+    stacked [L, ...].
+    """
+    model = merge(cfg, params)
+    positions_BT = positions(segments_BT)
+    rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    mask_BTT = packed_mask(segments_BT)
+    scale = cfg.head_dim**-0.5
+
+    def body(x_BTD, layer_inputs):
+        layer, layer_table, window = layer_inputs
+
+        def attend(q, k, v):
+            limit = windowed(mask_BTT, positions_BT, positions_BT, window) if any(cfg.windows) else mask_BTT
+            return attention(q, k, v, limit, scale)
+
+        def ffn(y_BTD, block):
+            if tap is not None:
+                return experts.dense(y_BTD, block, layer_table, tap)
+            return experts.run(y_BTD, block, layer_table, route), None
+
+        return layer(x_BTD, rope, attend, ffn)
+
+    if remat == "full":
+        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
+    x_BTD = embed(model.embedding[...], ids_BT, dtype)
+    x_BTD, seen = jax.lax.scan(body, x_BTD, (model.layers, table, windows(cfg)))
+    return rms_norm(x_BTD, model.norm[...], cfg.norm_eps), seen
+
+
+def unembed(params: Params, x_BTD: jax.Array) -> jax.Array:
+    """float32 logits [B, T, V] of hidden states."""
+    w_VD = head_weight(params).astype(x_BTD.dtype)
+    return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=ACTIVATION)
+
+
+def init_cache(cfg: ModelConfig, batch: int, slots: int, dtype=jnp.float32) -> dict[str, jax.Array]:
+    """Empty key/value cache [L, B, S, K, H]; slot s of a row holds its token at position s."""
+    shape = (cfg.layer, batch, slots, cfg.kv_head, cfg.head_dim)
+    return {"k": jnp.zeros(shape, dtype), "v": jnp.zeros(shape, dtype)}
+
+
+def step(
+    cfg: ModelConfig,
+    params: Params,
+    ids_BT: jax.Array,
+    positions_BT: jax.Array,
+    cache: dict[str, jax.Array],
+    *,
+    table: ExpertTable | None = None,
+    route: Route | None = None,
+    dtype=jnp.float32,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Prefill (T > 1) or decode (T = 1) through the cache: hidden states [B, T, D] and the new cache.
+
+    Rows may hold prompts of different lengths, padded on the right: a slot written by padding is overwritten by the
+    token that later takes its position, before any query may see it.
+    """
+    model = merge(cfg, params)
+    rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    slots = cache["k"].shape[2]
+    mask_BTS = cache_mask(positions_BT, slots)
+    slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (ids_BT.shape[0], slots))
+    row_B1 = jnp.arange(ids_BT.shape[0])[:, None]
+
+    def body(carry, layer_inputs):
+        x_BTD, k_LBSKH, v_LBSKH = carry
+        index, layer, layer_table, window = layer_inputs
+        new = {}
+
+        def attend(q, k, v):
+            new["k"] = k_LBSKH.at[index, row_B1, positions_BT].set(k.astype(k_LBSKH.dtype))
+            new["v"] = v_LBSKH.at[index, row_B1, positions_BT].set(v.astype(v_LBSKH.dtype))
+            limit = windowed(mask_BTS, positions_BT, slot_BS, window) if any(cfg.windows) else mask_BTS
+            return attention(q, new["k"][index], new["v"][index], limit, cfg.head_dim**-0.5)
+
+        def ffn(y_BTD, block):
+            return experts.run(y_BTD, block, layer_table, route), None
+
+        x_BTD, _ = layer(x_BTD, rope, attend, ffn)
+        return (x_BTD, new["k"], new["v"]), None
+
+    x_BTD = embed(model.embedding[...], ids_BT, dtype)
+    inputs = (jnp.arange(cfg.layer), model.layers, table, windows(cfg))
+    (x_BTD, k_LBSKH, v_LBSKH), _ = jax.lax.scan(body, (x_BTD, cache["k"], cache["v"]), inputs)
+    return rms_norm(x_BTD, model.norm[...], cfg.norm_eps), {"k": k_LBSKH, "v": v_LBSKH}

@@ -1,0 +1,166 @@
+"""The FFN with carved experts: dense, `masked` and `grouped`, one signature, equal results (DESIGN sections 3 and 4).
+
+The channel bank of a layer is `w_gate_FD, w_up_FD, w_down_FD` (row j is channel j); the expert table lists the channel
+ids of each expert. Every token runs the channels of ONE expert, the same expert in every layer.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax.config import ConfigError, require
+from readme_jax.sharding import batch_devices, model_devices, put, spec
+
+HIDDEN = spec("batch", "seq", "mlp")
+OUTPUT = spec("batch", "seq", None)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ExpertTable:
+    """The expert table on the device. table_LEC: int32 channel ids. mask_LEU: bool membership, derived from it.
+
+    U <= F is the highest channel any expert uses plus one: carving puts unused channels last, so no way of running
+    experts ever reads them.
+    """
+
+    table_LEC: jax.Array
+    mask_LEU: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Masked:
+    """Route for the `masked` way. expert_BT: int32 expert of each token."""
+
+    expert_BT: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Grouped:
+    """Route for the `grouped` way, made on the host by `routing.group`.
+
+    source_PR: int32 flat token index of each row of each group (M for an empty row).
+    expert_P: int32 expert of each group of rows. row_M: int32 place of each token in the flat P*R rows.
+    """
+
+    source_PR: jax.Array
+    expert_P: jax.Array
+    row_M: jax.Array
+
+
+Route = Masked | Grouped
+
+
+def membership(table_LEC: np.ndarray, width: int) -> np.ndarray:
+    """bool [L, E, width]: which channels each expert has."""
+    layers, experts, _ = table_LEC.shape
+    mask_LEU = np.zeros((layers, experts, width), bool)
+    np.put_along_axis(mask_LEU, table_LEC, True, axis=-1)
+    return mask_LEU
+
+
+def make_table(table_LEC: np.ndarray, mlp: int) -> ExpertTable:
+    """Place an expert table on the current mesh; `mlp` is F. With channels sharded over `model`, U is F."""
+    require(0 <= int(table_LEC.min()) and int(table_LEC.max()) < mlp, f"expert table names channels outside 0..{mlp}")
+    width = mlp if model_devices() > 1 else int(table_LEC.max()) + 1
+    mask_LEU = membership(table_LEC, width)
+    return ExpertTable(put(table_LEC.astype(np.int32)), put(mask_LEU, spec("layer", "expert", "mlp")))
+
+
+def activate(x: jax.Array, layer, rows: slice | None = None) -> jax.Array:
+    """h = silu(x Wg) * (x Wu), the input of down_proj: [B, T, D] -> [B, T, F] (or the first U channels)."""
+    gate, up = (layer.w_gate[...], layer.w_up[...])
+    if rows is not None:
+        gate, up = gate[rows], up[rows]
+    gate_BTF = jnp.einsum("btd,fd->btf", x, gate.astype(x.dtype), out_sharding=HIDDEN)
+    up_BTF = jnp.einsum("btd,fd->btf", x, up.astype(x.dtype), out_sharding=HIDDEN)
+    if hasattr(layer, "b_gate"):
+        cut = slice(None) if rows is None else rows
+        gate_BTF += layer.b_gate[...][cut].astype(x.dtype)
+        up_BTF += layer.b_up[...][cut].astype(x.dtype)
+    return jax.nn.silu(gate_BTF) * up_BTF
+
+
+def _down(h_BTF: jax.Array, layer, rows: slice | None = None) -> jax.Array:
+    down = layer.w_down[...] if rows is None else layer.w_down[...][rows]
+    y_BTD = jnp.einsum("btf,fd->btd", h_BTF, down.astype(h_BTF.dtype), out_sharding=OUTPUT)
+    return y_BTD + layer.b_down[...].astype(h_BTF.dtype) if hasattr(layer, "b_down") else y_BTD
+
+
+def dense(x_BTD: jax.Array, layer, table: ExpertTable | None = None, tap=None):
+    """The FFN with all channels. Returns (y_BTD, tap(h_BTF, layer, table) or None)."""
+    h_BTF = activate(x_BTD, layer)
+    seen = None if tap is None else tap(h_BTF, layer, table)
+    return _down(h_BTF, layer), seen
+
+
+def masked(x_BTD: jax.Array, layer, mask_EU: jax.Array, expert_BT: jax.Array) -> jax.Array:
+    """All channels that any expert has, h multiplied by the token's membership (the reference's training form)."""
+    used = mask_EU.shape[-1]
+    rows = None if used == layer.w_gate[...].shape[0] else slice(0, used)
+    h_BTU = activate(x_BTD, layer, rows)
+    keep_BTU = mask_EU.at[expert_BT].get(out_sharding=HIDDEN)
+    return _down(jnp.where(keep_BTU, h_BTU, 0), layer, rows)
+
+
+@jax.custom_vjp
+def _rows(w_FD: jax.Array, table_EC: jax.Array, mask_EU: jax.Array) -> jax.Array:
+    """w_FD[table_EC] -> [E, C, D], with a backward pass that gathers: a scatter of rows is slow on every backend."""
+    return w_FD[table_EC]
+
+
+def _rows_forward(w_FD, table_EC, mask_EU):
+    return w_FD[table_EC], (table_EC, mask_EU, w_FD.shape[0])
+
+
+def _rows_backward(saved, grad_ECD):
+    table_EC, mask_EU, width = saved
+    # Sorted tables: channel u is entry (number of the expert's channels below u) of its expert.
+    place_EU = jnp.cumsum(mask_EU, axis=-1) - 1
+    grad_UD = jnp.zeros((mask_EU.shape[1], grad_ECD.shape[2]), grad_ECD.dtype)
+    for e in range(mask_EU.shape[0]):
+        grad_UD += jnp.where(mask_EU[e][:, None], grad_ECD[e][jnp.maximum(place_EU[e], 0)], 0)
+    return jnp.pad(grad_UD, ((0, width - grad_UD.shape[0]), (0, 0))), None, None
+
+
+_rows.defvjp(_rows_forward, _rows_backward)
+
+
+def grouped(x_BTD: jax.Array, layer, table_EC: jax.Array, mask_EU: jax.Array, route: Grouped) -> jax.Array:
+    """Tokens ordered by expert into groups of R rows; each group runs its expert's C channels as one matmul.
+
+    Expert rows are gathered once per layer; the plan is the same for all layers. Empty rows are zero in and dropped.
+    """
+    b, t, d = x_BTD.shape
+    x_MD = jnp.concatenate([x_BTD.reshape(b * t, d), jnp.zeros((1, d), x_BTD.dtype)])
+    x_PRD = x_MD[route.source_PR]
+
+    def expert_rows(w_FD):
+        return _rows(w_FD.astype(x_BTD.dtype), table_EC, mask_EU)[route.expert_P]
+
+    gate_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_gate[...]))
+    up_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_up[...]))
+    if hasattr(layer, "b_gate"):
+        ids_PC = table_EC[route.expert_P]
+        gate_PRC += layer.b_gate[...].astype(x_BTD.dtype)[ids_PC][:, None]
+        up_PRC += layer.b_up[...].astype(x_BTD.dtype)[ids_PC][:, None]
+    y_PRD = jnp.einsum("prc,pcd->prd", jax.nn.silu(gate_PRC) * up_PRC, expert_rows(layer.w_down[...]))
+    y_BTD = y_PRD.reshape(-1, d)[route.row_M].reshape(b, t, d)
+    return y_BTD + layer.b_down[...].astype(y_BTD.dtype) if hasattr(layer, "b_down") else y_BTD
+
+
+def run(x_BTD: jax.Array, layer, table: ExpertTable | None, route: Route | None) -> jax.Array:
+    """The FFN of one layer: dense without a route, else the way the route is made for. `table` is this layer's."""
+    with jax.named_scope("experts"):
+        if route is None:
+            return dense(x_BTD, layer)[0]
+        if table is None:
+            raise ConfigError("a route needs an expert table; this model is dense")
+        if isinstance(route, Masked):
+            return masked(x_BTD, layer, table.mask_LEU, route.expert_BT)
+        require(batch_devices() * model_devices() == 1, "ffn=grouped runs on one device; use ffn=masked on this mesh")
+        return grouped(x_BTD, layer, table.table_LEC, table.mask_LEU, route)

@@ -1,0 +1,104 @@
+"""The pieces every decoder block is made of: norm, rotary embedding, attention, positions, linear maps.
+
+Letters used in all suffixes and einsums: B batch, T query position, S key position, D model width, F dense FFN width,
+C channels of an expert, E experts, L layers, N query heads, K key/value heads, G queries per key head, H head width,
+V vocabulary, M flat tokens (B*T), U channels used by any expert, R router width.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from readme_jax.config import RopeScaling
+from readme_jax.sharding import spec
+
+ACTIVATION = spec("batch", "seq", None)
+
+
+def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm in float32, cast back to the input dtype before the scale (as Hugging Face Llama)."""
+    x32_BTD = x_BTD.astype(jnp.float32)
+    x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + eps)
+    return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+def linear(x_BTD: jax.Array, w_OD: jax.Array, b_O: jax.Array | None = None) -> jax.Array:
+    """x @ w^T + b, the weight in Hugging Face's [out, in] orientation, computed in the dtype of x."""
+    y_BTO = jnp.einsum("btd,od->bto", x_BTD, w_OD.astype(x_BTD.dtype), out_sharding=ACTIVATION)
+    return y_BTO if b_O is None else y_BTO + b_O.astype(x_BTD.dtype)
+
+
+def positions(segments_BT: jax.Array) -> jax.Array:
+    """Position of each token within its own segment (int32 [B, T]); a segment is a run of equal ids."""
+    index_BT = jnp.broadcast_to(jnp.arange(segments_BT.shape[1], dtype=jnp.int32), segments_BT.shape)
+    previous_BT = jnp.pad(segments_BT, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+    start_BT = jnp.where(segments_BT != previous_BT, index_BT, 0)
+    return index_BT - jax.lax.cummax(start_BT, axis=1)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> jax.Array:
+    """Inverse wavelengths, float32 [H/2]. `llama3`: long wavelengths divided by `factor`, a smooth band between."""
+    inv_H = 1.0 / (theta ** (jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim))
+    if scaling is None:
+        return inv_H
+    if scaling.kind == "linear":
+        return inv_H / scaling.factor
+    wavelength_H = 2 * math.pi / inv_H
+    longest = scaling.original_max_position / scaling.low_freq_factor
+    shortest = scaling.original_max_position / scaling.high_freq_factor
+    blend_H = (scaling.original_max_position / wavelength_H - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    between_H = (1 - blend_H) * inv_H / scaling.factor + blend_H * inv_H
+    scaled_H = jnp.where(wavelength_H > longest, inv_H / scaling.factor, between_H)
+    return jnp.where(wavelength_H < shortest, inv_H, scaled_H)
+
+
+def rope_tables(
+    positions_BT: jax.Array, head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """(cos, sin) of the rotary angles, float32 [B, T, 1, H/2]."""
+    angle_BTH = positions_BT[..., None].astype(jnp.float32) * rope_frequencies(head_dim, theta, scaling)
+    return jnp.cos(angle_BTH)[:, :, None], jnp.sin(angle_BTH)[:, :, None]
+
+
+def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the two halves of each head (Hugging Face's order, not interleaved pairs)."""
+    cos, sin = rope
+    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x_BTNH.dtype)
+
+
+def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    """Grouped-query attention, softmax in float32. mask_BTS: True where the query may see the key. Returns [B,T,N,H].
+
+    Query head n reads key head n // G. A row of the mask with no True gives a finite average, not NaN.
+    """
+    b, t, n, h = q_BTNH.shape
+    k = k_BSKH.shape[2]
+    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h)
+    score_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
+    score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, jnp.float32(-1e30))
+    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(b, t, n, h)
+
+
+def packed_mask(segments_BT: jax.Array) -> jax.Array:
+    """Causal mask within each document of packed records, bool [B, T, T]. Segment 0 (padding) sees only itself."""
+    t = segments_BT.shape[1]
+    causal_TS = jnp.tril(jnp.ones((t, t), bool))
+    same_BTS = segments_BT[:, :, None] == segments_BT[:, None, :]
+    return causal_TS & same_BTS
+
+
+def cache_mask(positions_BT: jax.Array, slots: int) -> jax.Array:
+    """Mask over cache slots, bool [B, T, S]: slot s holds position s, a query sees slots up to its own position."""
+    return jnp.arange(slots, dtype=jnp.int32) <= positions_BT[:, :, None]
+
+
+def windowed(mask_BTS: jax.Array, query_BT: jax.Array, key_BS: jax.Array, window: jax.Array) -> jax.Array:
+    """Restrict a mask to the last `window` positions (0: no limit), window int32 scalar, traced per layer."""
+    near_BTS = query_BT[:, :, None] - key_BS[:, None, :] < window
+    return mask_BTS & (near_BTS | (window == 0))

@@ -1,0 +1,193 @@
+"""The jitted computations of training: label, route, router step, expert step. Pure functions over pure dicts.
+
+Each phase has its own parameters, optimizer state and step counter (STYLE 4.7); what is frozen is an ordinary argument
+and is never differentiated or donated. Microbatches are summed by `lax.scan` and divided once.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from readme_jax import losses
+from readme_jax.config import ModelConfig, RouterConfig
+from readme_jax.losses import HeadLoss, LabelConfig
+from readme_jax.models import backbone, router
+from readme_jax.models.backbone import Params, Remat
+from readme_jax.models.experts import ExpertTable, Grouped, Masked
+from readme_jax.routing import group
+
+Tuned = Literal["all", "ffn"]
+FFN = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """What one phase of training changes. step: int32 steps taken in this phase; params, opt_state: pure trees."""
+
+    step: jax.Array
+    params: Params
+    opt_state: optax.OptState
+
+
+def start(params: Params, tx: optax.GradientTransformation) -> Phase:
+    """A phase at step 0 that owns `params` (they will be donated)."""
+    # tx.init under jit: one program, and the state is placed like the parameters
+    return Phase(jnp.int32(0), params, jax.jit(tx.init)(params))
+
+
+def split_tuned(params: Params, tuned: Tuned) -> tuple[Params, Params]:
+    """(tuned, frozen) parts of the backbone: `all` of it, or the FFN only (paper)."""
+    if tuned == "all":
+        return params, {}
+    layers = params["layers"]
+    part = {k: v for k, v in layers.items() if k in FFN}
+    rest = {k: v for k, v in params.items() if k != "layers"}
+    return {"layers": part}, rest | {"layers": {k: v for k, v in layers.items() if k not in FFN}}
+
+
+def join(tuned: Params, frozen: Params) -> Params:
+    """Inverse of `split_tuned`."""
+    layers = frozen.get("layers", {}) | tuned.get("layers", {})
+    return {**frozen, **tuned, "layers": layers}
+
+
+def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, jax.Array]]:
+    """Gradient of the weighted mean of loss_fn over microbatches [A, ...]; loss_fn gives (sum, (weight, sums))."""
+
+    def one(micro):
+        (total, (weight, extra)), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, micro)
+        return grad, {"loss": total, **extra}, weight
+
+    count = jax.tree.leaves(batch)[0].shape[0]
+    if count == 1:
+        grad, sums, weight = one(jax.tree.map(lambda a: a[0], batch))
+    else:
+        abstract = jax.eval_shape(one, jax.tree.map(lambda a: a[0], batch))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (abstract[1], abstract[2]))
+        zero_grad = jax.tree.map(jnp.zeros_like, params)
+
+        def body(carry, micro):
+            return jax.tree.map(jnp.add, carry, one(micro)), None
+
+        (grad, sums, weight), _ = jax.lax.scan(body, (zero_grad, *zeros), batch)
+    weight = jnp.maximum(weight, 1.0)
+    means = {name: value / weight for name, value in sums.items()}
+    return jax.tree.map(lambda g: (g / weight).astype(g.dtype), grad), means
+
+
+def _update(phase: Phase, tx: optax.GradientTransformation, grad: Params) -> tuple[Phase, jax.Array]:
+    updates, opt_state = tx.update(grad, phase.opt_state, phase.params)
+    return Phase(phase.step + 1, optax.apply_updates(phase.params, updates), opt_state), optax.global_norm(grad)
+
+
+def make_label(cfg: ModelConfig, labels: LabelConfig, dtype=jnp.float32):
+    """jitted (params, table, ids_BT, segments_BT) -> target distribution float32 [B, T, E] from a dense run."""
+
+    @jax.jit
+    def label(params: Params, table: ExpertTable, ids_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+        tap = losses.label_tap(labels)
+        _, seen = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, tap=tap, dtype=dtype)
+        return losses.combine_layers(seen, labels)
+
+    return label
+
+
+def make_route(router_cfg: RouterConfig, theta: float):
+    """jitted (router params, ids_ABT, segments_ABT) -> int32 experts [A, B, T]."""
+
+    @jax.jit
+    def route(params: Params, ids_ABT: jax.Array, segments_ABT: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda micro: router.route(router_cfg, params, *micro, theta), (ids_ABT, segments_ABT))
+
+    return route
+
+
+def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation):
+    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile."""
+
+    def loss_fn(params, micro):
+        weight_BT = (micro["segments"] > 0).astype(jnp.float32)
+        logits_BTE = router.logits(router_cfg, params, micro["ids"], micro["segments"], theta)
+        total, weight = losses.router_loss(logits_BTE, micro["target"], weight_BT)
+        hit_BT = jnp.argmax(logits_BTE, -1) == jnp.argmax(micro["target"], -1)
+        return total, (weight, {"agreement": jnp.sum(hit_BT * weight_BT)})
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(phase: Phase, batch: dict[str, jax.Array]):
+        grad, means = _accumulate(loss_fn, phase.params, batch)
+        phase, norm = _update(phase, tx, grad)
+        return phase, means | {"grad_norm": norm}
+
+    return step
+
+
+def make_expert_step(
+    cfg: ModelConfig,
+    head: HeadLoss,
+    tx: optax.GradientTransformation,
+    *,
+    dtype=jnp.float32,
+    remat: Remat = "none",
+):
+    """jitted (phase, frozen, teacher, table, batch) -> (phase, metrics).
+
+    frozen: the untuned part of the backbone; teacher: the whole dense teacher (its FFN runs all channels), or None
+    when kd is 0. batch: ids, segments [A,B,T] and route (leaves [A, ...]). One compile per route shape.
+    """
+
+    def loss_fn(params, frozen, teacher, table, micro):
+        whole = join(params, frozen)
+        target_BT, weight_BT = losses.next_token(micro["ids"], micro["segments"])
+        x_BTD, _ = backbone.forward(
+            cfg, whole, micro["ids"], micro["segments"], table=table, route=micro["route"], dtype=dtype, remat=remat
+        )
+        head_VD = backbone.head_weight(whole)
+        if head.kd:
+            teacher_BTD, _ = backbone.forward(cfg, teacher, micro["ids"], micro["segments"], dtype=dtype)
+            teacher_VD = backbone.head_weight(teacher)
+        else:
+            teacher_BTD, teacher_VD = x_BTD, head_VD
+        teacher_BTD, teacher_VD = jax.lax.stop_gradient((teacher_BTD, teacher_VD))
+        total, parts = losses.head_loss(head, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+        return total, (jnp.sum(weight_BT), parts)
+
+    @functools.partial(jax.jit, donate_argnums=0)
+    def step(phase: Phase, frozen: Params, teacher: Params | None, table: ExpertTable, batch: dict[str, Any]):
+        grad, means = _accumulate(lambda p, m: loss_fn(p, frozen, teacher, table, m), phase.params, batch)
+        phase, norm = _update(phase, tx, grad)
+        return phase, means | {"grad_norm": norm}
+
+    return step
+
+
+def make_losses(cfg: ModelConfig, *, chunk: int = 128, dtype=jnp.float32):
+    """jitted (params, table | None, ids_BT, segments_BT, route | None) -> (sum of next-token loss [B], weights [B])."""
+
+    @jax.jit
+    def evaluate(params, table, ids_BT, segments_BT, route):
+        target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
+        x_BTD, _ = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, route=route, dtype=dtype)
+        return losses.token_loss(backbone.head_weight(params), x_BTD, target_BT, weight_BT, chunk)
+
+    return evaluate
+
+
+def plan(expert_ABT: np.ndarray, experts: int, way: Literal["masked", "grouped"], put=jnp.asarray) -> Masked | Grouped:
+    """Route of a batch from host expert ids [A, B, T]: stacked over microbatches, ready for the expert step."""
+    if way == "masked":
+        return Masked(put(expert_ABT))
+    flat_AM = expert_ABT.reshape(expert_ABT.shape[0], -1)
+    # 1/(2E) of the tokens a group keeps padding below half of an expert's share and the groups few
+    rows = max(32, -(-flat_AM.shape[1] // (2 * experts) // 32) * 32)
+    plans = [group(expert_M, experts, rows) for expert_M in flat_AM]
+    width = max(source.shape[0] for source, _, _ in plans)
+    empty = flat_AM.shape[1]
+    source = np.stack([np.pad(s, ((0, width - len(s)), (0, 0)), constant_values=empty) for s, _, _ in plans])
+    owner = np.stack([np.pad(e, (0, width - len(e))) for _, e, _ in plans])
+    return Grouped(put(source), put(owner), put(np.stack([r for _, _, r in plans])))
