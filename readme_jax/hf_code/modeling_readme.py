@@ -9,10 +9,18 @@ L layers, R router width.
 
 import contextvars
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import DynamicCache, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import (
+    DynamicCache,
+    LlamaForCausalLM,
+    MistralForCausalLM,
+    PreTrainedModel,
+    Qwen2ForCausalLM,
+    Qwen3ForCausalLM,
+)
 from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -156,9 +164,11 @@ class ReadMeMLP(nn.Module):
         return self.down_proj(h_BTF * member_EF[expert_BT.to(h_BTF.device)])
 
 
-class ReadMeMixin:
+class ReadMeMixin(PreTrainedModel):
     """What turns a family's ForCausalLM into a Read-ME model; comes before it in the bases."""
 
+    model: Any
+    readme: Any
     supports_gradient_checkpointing = False
     # Routing is an argmax: the router keeps its own precision when the backbone is loaded in half precision.
     _keep_in_fp32_modules_strict = ["readme.router"]
@@ -212,9 +222,9 @@ class ReadMeMixin:
         `expert_ids`: integers that broadcast to [B, T], in place of the router's choice.
         `inputs_embeds`: only when no router has to run, since the router reads token ids.
         """
-        if (input_ids is None) == (inputs_embeds is None):
+        tokens = input_ids if inputs_embeds is None else inputs_embeds[..., 0]
+        if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
-        B, T = (input_ids if inputs_embeds is None else inputs_embeds).shape[:2]
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
@@ -228,12 +238,11 @@ class ReadMeMixin:
             )
         chosen = None
         if route:
-            ids_BT = inputs_embeds[..., 0] if input_ids is None else input_ids  # without a router only the shape counts
-            chosen = self.route(ids_BT, attention_mask, position_ids, past_key_values)
+            chosen = self.route(tokens, attention_mask, position_ids, past_key_values)
         if expert_ids is not None:
             if expert_ids.is_floating_point():
                 raise ValueError(f"expert_ids has dtype {expert_ids.dtype}; integers are needed")
-            chosen = expert_ids.to(torch.int32).broadcast_to(B, T)
+            chosen = expert_ids.to(torch.int32).broadcast_to(tokens.shape)
         token = _ROUTED.set((chosen, self.readme.experts))
         try:
             out = super().forward(
