@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.config import ConfigError, require
-from readme_jax.sharding import batch_devices, model_devices, put, spec
+from readme_jax.sharding import REPLICATED, batch_devices, model_devices, put, spec
 
 HIDDEN = spec("batch", "seq", "mlp")
 OUTPUT = spec("batch", "seq", None)
@@ -136,11 +136,12 @@ def grouped(x_BTD: jax.Array, layer, table_EC: jax.Array, mask_EU: jax.Array, ro
     Expert rows are gathered once per layer; the plan is the same for all layers. Empty rows are zero in and dropped.
     """
     b, t, d = x_BTD.shape
+    mask_EU = jax.reshard(mask_EU, REPLICATED)  # axes of length 1: a change of type, not of place
     x_MD = jnp.concatenate([x_BTD.reshape(b * t, d), jnp.zeros((1, d), x_BTD.dtype)])
     x_PRD = x_MD[route.source_PR]
 
     def expert_rows(w_FD):
-        return _rows(w_FD.astype(x_BTD.dtype), table_EC, mask_EU)[route.expert_P]
+        return _rows(jax.reshard(w_FD, REPLICATED).astype(x_BTD.dtype), table_EC, mask_EU)[route.expert_P]
 
     gate_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_gate[...]))
     up_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_up[...]))
