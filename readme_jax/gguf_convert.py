@@ -5,6 +5,7 @@ stored as float32, float16 or bfloat16 keep their own type. One tensor is in mem
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def convert(path: str | Path, folder: str | Path) -> None:
     reader = _open(path)
     try:
         meta = {name: field.contents() for name, field in reader.fields.items()}
-        config = hf_config(path, meta, {tensor.name for tensor in reader.tensors})
+        shapes = {t.name: tuple(int(n) for n in reversed(t.shape)) for t in reader.tensors}
+        config = hf_config(path, meta, shapes)
         tokenizer, tokenizer_config = tokenizer_files(path, meta, config)
     except (ValueError, TypeError, KeyError, IndexError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: damaged GGUF metadata ({_line(error)})") from None
@@ -54,7 +56,8 @@ def convert(path: str | Path, folder: str | Path) -> None:
     ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", ids)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    # to_str, because the tokenizers library reports a full disk as a bare Exception.
+    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     _write_json(folder / "tokenizer_config.json", tokenizer_config)
     _write_tensors(folder / "model.safetensors", path, tensors, config)
 
@@ -86,9 +89,10 @@ def _line(error: Exception) -> str:
 # ---- config ------------------------------------------------------------------------------------
 
 
-def hf_config(path: Path, meta: dict[str, Any], names: set[str]) -> dict[str, Any]:
-    """config.json of the model from GGUF metadata; `names` (the tensors) decide what is tied and what has a bias."""
-    arch = meta.get("general.architecture")
+def hf_config(path: Path, meta: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    """config.json of the model from GGUF metadata; the tensors decide what is tied, what has a bias, and the vocabulary
+    (embeddings are often padded past the last token)."""
+    arch = str(meta.get("general.architecture"))
     require(arch in ("llama", "qwen2"), f"{path}: architecture {arch!r} must be llama or qwen2", CheckpointError)
 
     def need(key: str, kind: type, default: Any = None) -> Any:
@@ -106,11 +110,15 @@ def hf_config(path: Path, meta: dict[str, Any], names: set[str]) -> dict[str, An
         f"{path}: {arch} key length {head_dim}, value length {value_dim} and rotary size {rotary} must be equal",
         CheckpointError,
     )
-    require(not meta.get(f"{arch}.expert_count"), f"{path}: a mixture-of-experts GGUF, not a dense model", CheckpointError)
+    require(
+        not meta.get(f"{arch}.expert_count"), f"{path}: a mixture-of-experts GGUF, not a dense model", CheckpointError
+    )
+    tokens, rows = len(meta["tokenizer.ggml.tokens"]), shapes.get("token_embd.weight", (0,))[0]
+    require(rows >= tokens, f"{path}: {tokens} tokens, but the embedding has {rows} rows", CheckpointError)
     config = {
         "architectures": ["LlamaForCausalLM" if arch == "llama" else "Qwen2ForCausalLM"],
         "model_type": arch,
-        "vocab_size": len(meta["tokenizer.ggml.tokens"]),
+        "vocab_size": rows,
         "hidden_size": embed,
         "intermediate_size": need("feed_forward_length", int),
         "num_hidden_layers": need("block_count", int),
@@ -121,13 +129,13 @@ def hf_config(path: Path, meta: dict[str, Any], names: set[str]) -> dict[str, An
         "max_position_embeddings": need("context_length", int),
         "rms_norm_eps": need("attention.layer_norm_rms_epsilon", float),
         "rope_theta": need("rope.freq_base", float, 10000.0),
-        "rope_scaling": _rope_scaling(path, arch, meta, names),
-        "tie_word_embeddings": "output.weight" not in names,
+        "rope_scaling": _rope_scaling(path, arch, meta, shapes),
+        "tie_word_embeddings": "output.weight" not in shapes,
         "attention_dropout": 0.0,
         "use_cache": True,
     }
     if arch == "llama":
-        config |= {"attention_bias": "blk.0.attn_q.bias" in names, "mlp_bias": "blk.0.ffn_gate.bias" in names}
+        config |= {"attention_bias": "blk.0.attn_q.bias" in shapes, "mlp_bias": "blk.0.ffn_gate.bias" in shapes}
     for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
         if (value := meta.get(f"tokenizer.ggml.{theirs}_token_id")) is not None:
             good = 0 <= value < config["vocab_size"]
@@ -136,7 +144,7 @@ def hf_config(path: Path, meta: dict[str, Any], names: set[str]) -> dict[str, An
     return config
 
 
-def _rope_scaling(path: Path, arch: str, meta: dict[str, Any], names: set[str]) -> dict[str, Any] | None:
+def _rope_scaling(path: Path, arch: str, meta: dict[str, Any], names: Iterable[str]) -> dict[str, Any] | None:
     kind = meta.get(f"{arch}.rope.scaling.type", "none")
     known = kind in ("none", "linear") and "rope_freqs.weight" not in names
     hint = "RoPE scaling other than linear is not read from GGUF; use the model's safetensors"
@@ -159,7 +167,9 @@ def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         layer = {"attn_q": (Q, D), "attn_k": (K, D), "attn_v": (K, D), "attn_output": (D, Q)}
         layer |= {"ffn_gate": (F, D), "ffn_up": (F, D), "ffn_down": (D, F), "attn_norm": (D,), "ffn_norm": (D,)}
         shapes |= {f"blk.{i}.{name}.weight": shape for name, shape in layer.items()}
-        biased = (["attn_q", "attn_k", "attn_v"] if qkv else []) + (["attn_output"] if config.get("attention_bias") else [])
+        biased = (["attn_q", "attn_k", "attn_v"] if qkv else []) + (
+            ["attn_output"] if config.get("attention_bias") else []
+        )
         biased += ["ffn_gate", "ffn_up", "ffn_down"] if config.get("mlp_bias") else []
         shapes |= {f"blk.{i}.{name}.bias": layer[name][:1] for name in biased}
     return shapes
@@ -280,7 +290,11 @@ def _pre_tokenizer(path: Path, pre: str) -> Any:
     if pre == "smollm":  # digits one by one, then GPT-2 words
         return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), level])
     digits = {"qwen2": r"\p{N}", "llama-bpe": r"\p{N}{1,3}"}.get(pre)
-    require(digits is not None, f"{path}: pre-tokenizer {pre!r} is not one of smollm, gpt-2, qwen2, llama-bpe", CheckpointError)
+    require(
+        digits is not None,
+        f"{path}: pre-tokenizer {pre!r} is not one of smollm, gpt-2, qwen2, llama-bpe",
+        CheckpointError,
+    )
     words = pre_tokenizers.Split(Regex(_WORDS % digits), "isolated")
     return pre_tokenizers.Sequence([words, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
