@@ -1,0 +1,33 @@
+"""Cut a dense model into experts: activation statistics -> expert table -> permuted model. Runs on the CPU.
+
+readme-jax carve --model runs/dense --statistics runs/statistics --out runs/carved --fraction 0.5
+
+In: a dense model folder (`import`) and its statistics (`calibrate`). Out: a folder that is still a valid dense
+checkpoint (FFN channels permuted; not with `--storage separate`) and holds the expert table.
+"""
+
+from collections.abc import Iterable, Iterator
+
+from readme_jax import cli
+from readme_jax.carve import CarveConfig, carve, describe
+from readme_jax.metrics import progress
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Carve once; a finished folder of the same config and inputs is only described again."""
+    config: CarveConfig = cli.parse(CarveConfig, argv, __doc__ or "", prog="readme-jax carve")
+    info = carve(config, progress=_bar)
+    print(describe(info))
+    print(f"carved model: {config.out}")
+
+
+def _bar(layers: Iterable[int]) -> Iterator[int]:
+    layers = list(layers)
+    with progress(len(layers), "carve", "layer") as bar:
+        for layer in layers:
+            yield layer
+            bar.update()
+
+
+if __name__ == "__main__":
+    cli.run(main)
