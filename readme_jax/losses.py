@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from readme_jax.config import require
 from readme_jax.models.layers import ACTIVATION
+from readme_jax.sharding import spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,7 +187,9 @@ def _chunks(a_BT: jax.Array, chunk: int) -> jax.Array:
     b, t = a_BT.shape[:2]
     chunk = min(chunk, t)
     a_BT = jnp.pad(a_BT, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
-    return jnp.moveaxis(a_BT.reshape(b, -1, chunk, *a_BT.shape[2:]), 1, 0)
+    rest = a_BT.shape[2:]
+    place = spec("batch", None, "seq", *(None for _ in rest))
+    return jnp.moveaxis(jnp.reshape(a_BT, (b, -1, chunk, *rest), out_sharding=place), 1, 0)
 
 
 def _scan_chunks(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
@@ -227,7 +230,8 @@ def _scan_chunks(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, targ
     inputs = tuple(_chunks(a, static.chunk) for a in (x_BTD, teacher_BTD, target_BT, weight_BT))
     (total, kl, ce, grad_head), grad_x = jax.lax.scan(body, start, inputs)
     if gradient:
-        grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(b, -1, d)[:, :t]
+        # a batch of one row would lose its place on the mesh in the reshape: say it
+        grad_x = jnp.reshape(jnp.moveaxis(grad_x, 0, 1), (b, -1, d), out_sharding=ACTIVATION)[:, :t]
         grad_head = grad_head.astype(head_VD.dtype)
     return (total, kl, ce), grad_x, grad_head
 

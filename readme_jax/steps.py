@@ -166,18 +166,6 @@ def make_expert_step(
     return step
 
 
-def make_losses(cfg: ModelConfig, *, chunk: int = 128, dtype=jnp.float32):
-    """jitted (params, table | None, ids_BT, segments_BT, route | None) -> (sum of next-token loss [B], weights [B])."""
-
-    @jax.jit
-    def evaluate(params, table, ids_BT, segments_BT, route):
-        target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
-        x_BTD, _ = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, route=route, dtype=dtype)
-        return losses.token_loss(backbone.head_weight(params), x_BTD, target_BT, weight_BT, chunk)
-
-    return evaluate
-
-
 def plan(expert_ABT: np.ndarray, experts: int, way: Literal["masked", "grouped"], put=jnp.asarray) -> Masked | Grouped:
     """Route of a batch from host expert ids [A, B, T]: stacked over microbatches, ready for the expert step."""
     if way == "masked":

@@ -1,0 +1,175 @@
+"""What the alternating training program needs beside the steps: its config, the order of phases, cached labels."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from readme_jax import artifacts
+from readme_jax.config import RouterConfig, require
+from readme_jax.data import Batches
+from readme_jax.losses import LabelConfig
+from readme_jax.models.backbone import Remat
+from readme_jax.optim import OptimConfig
+from readme_jax.sharding import MeshConfig
+from readme_jax.steps import Tuned
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterPhase:
+    """Router tuning: the backbone frozen, distillation from labels (paper: 100 steps of 64 x 4096, lr 5e-4)."""
+
+    steps: int
+    """Optimizer steps in each round; 0 leaves the router as it is (or, with one expert, there is none)."""
+    batch: int
+    """Records of one microbatch."""
+    accum: int = 1
+    """Microbatches of one optimizer step."""
+    optim: OptimConfig = OptimConfig(lr=5e-4)
+    """Optimizer."""
+    shape: RouterConfig = RouterConfig()
+    """Size of a fresh router; not used when the model folder already has one."""
+    labels: LabelConfig = LabelConfig()
+    """Labels the router is tuned on."""
+    teacher: Literal["original", "current"] = "original"
+    """Whose activations are labelled: the model as carved (labels are computed once and cached), or the tuned weights
+    run densely (reference)."""
+    label_batch: int = 1
+    """Records of one labelling pass; a multiple of the mesh's batch devices."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertPhase:
+    """Expert tuning: the router frozen (paper: 200 steps of 128 x 4096, lr 5e-5, next-token loss)."""
+
+    steps: int
+    """Optimizer steps in each round; 0 leaves the backbone as it is."""
+    batch: int
+    """Records of one microbatch."""
+    accum: int = 1
+    """Microbatches of one optimizer step."""
+    optim: OptimConfig = OptimConfig(lr=5e-5)
+    """Optimizer."""
+    kd_weight: float = 1.0
+    """Weight of forward KL to the frozen dense model (temperature 1)."""
+    ce_weight: float = 0.0
+    """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
+    tuned: Tuned = "all"
+    """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
+    way: Literal["masked", "grouped"] = "masked"
+    """How experts run: `masked` all used channels times the token's mask, `grouped` one matmul an expert."""
+    remat: Remat = "none"
+    """`full` recomputes activations in the backward pass: less memory, a third more time."""
+    head_chunk: int = 128
+    """Positions whose logits exist at once."""
+
+    def __post_init__(self):
+        weights = (self.kd_weight, self.ce_weight)
+        require(min(weights) >= 0 and sum(weights) > 0, f"kd_weight={weights[0]}, ce_weight={weights[1]}: not both 0")
+        require(self.head_chunk >= 1, f"head_chunk={self.head_chunk} must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AlternateConfig:
+    """One run of alternating router and expert tuning."""
+
+    model: Path
+    """Carved model folder (result of `carve`, or of an earlier `alternate`)."""
+    data: Path
+    """Result of `data`; its train records are read."""
+    out: Path
+    """Folder to write the tuned model to."""
+    rounds: int
+    """Rounds of router steps followed by expert steps (paper: 8)."""
+    router: RouterPhase
+    """Router tuning."""
+    experts: ExpertPhase
+    """Expert tuning."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the backbone; parameters and optimizer state stay float32."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices on each mesh axis."""
+    seed: int = 0
+    """Seed of data order and router initialisation."""
+    checkpoint_minutes: float = 5.0
+    """Minutes between two checkpoints of an unfinished run; a phase's end is always saved."""
+    tensorboard: bool = False
+    """Also write TensorBoard events into the result folder."""
+
+    def __post_init__(self):
+        require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(self.checkpoint_minutes > 0, f"checkpoint_minutes={self.checkpoint_minutes} must be positive")
+        for name, phase in (("router", self.router), ("experts", self.experts)):
+            require(phase.steps >= 0, f"{name}.steps={phase.steps} must not be negative")
+            require(phase.batch >= 1 and phase.accum >= 1, f"{name}: batch and accum must be at least 1")
+        require(self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train")
+
+    @property
+    def total(self) -> int:
+        """Steps of all rounds and both phases."""
+        return self.rounds * (self.router.steps + self.experts.steps)
+
+    def at(self, tick: int) -> tuple[Literal["router", "experts"], int]:
+        """(phase, step within that phase over all rounds) of the global step `tick`."""
+        number, within = divmod(tick, self.router.steps + self.experts.steps)
+        if within < self.router.steps:
+            return "router", number * self.router.steps + within
+        return "experts", number * self.experts.steps + within - self.router.steps
+
+    def ends_phase(self, tick: int) -> bool:
+        """True when the step after `tick` belongs to another phase, or there is none."""
+        return tick + 1 == self.total or self.at(tick)[0] != self.at(tick + 1)[0]
+
+
+def needed_records(batches: Batches, steps: int) -> np.ndarray:
+    """Sorted ids of all records that the first `steps` batches hold."""
+    seen = [batches[step]["index"].ravel() for step in range(steps)]
+    return np.unique(np.concatenate(seen)) if seen else np.zeros(0, np.int32)
+
+
+class LabelCache:
+    """Target distributions of records, computed once in a fixed order and kept on disk (float32 [records, T, E]).
+
+    The order and the batches of the labelling pass do not depend on where a killed run stopped, so a resumed run sees
+    bit-equal labels.
+    """
+
+    def __init__(self, folder: Path, ids_N: np.ndarray, seq: int, experts: int):
+        self.ids_N, self._mark = ids_N, folder / "labels.json"
+        path = folder / "labels.npy"
+        shape = (len(ids_N), seq, experts)
+        self.done = 0
+        if self._mark.is_file() and path.is_file():
+            self.done = json.loads(self._mark.read_text())["records"]
+            self._array = np.lib.format.open_memmap(path, mode="r+")
+        else:
+            self._array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+
+    def fill(self, batch: int, label: Callable[[np.ndarray], np.ndarray], saved_every: int = 32) -> None:
+        """Label what is missing: label(ids_B) -> [B, T, E] for `batch` record ids at a time, the last ones repeated."""
+        for number, start in enumerate(range(self.done, len(self.ids_N), batch), 1):
+            ids_B = self.ids_N[start : start + batch]
+            padded_B = np.pad(ids_B, (0, batch - len(ids_B)), mode="edge")
+            self._array[start : start + len(ids_B)] = label(padded_B)[: len(ids_B)]
+            self.done = start + len(ids_B)
+            if number % saved_every == 0 or self.done == len(self.ids_N):
+                self._array.flush()
+                artifacts.write_text(self._mark, json.dumps({"records": self.done}))
+
+    def __getitem__(self, index_AB: np.ndarray) -> np.ndarray:
+        """float32 [A, B, T, E] targets of record ids."""
+        return self._array[np.searchsorted(self.ids_N, index_AB)]
+
+
+def rows_of(batches: Batches, index_B: np.ndarray) -> dict[str, np.ndarray]:
+    """ids and segments int32 [B, T] of record ids."""
+    at_B = np.searchsorted(batches.offsets, index_B, side="right") - 1
+    picked = [(batches.records[at], int(i - batches.offsets[at])) for at, i in zip(at_B, index_B)]
+    return {
+        "ids": np.stack([records.ids[row] for records, row in picked]),
+        "segments": np.stack([records.segments[row] for records, row in picked]),
+    }

@@ -1,0 +1,157 @@
+"""The Python facade: `readme_jax.load(...)` gives a model with logits, routing and generation. NumPy in, NumPy out."""
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax import generation, hf, sources
+from readme_jax.config import ConfigError, DataError, ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.data import load_tokenizer
+from readme_jax.generation import Decoder, Sampling
+from readme_jax.models import backbone, router
+from readme_jax.models.experts import Masked, make_table
+from readme_jax.routing import bucket
+from readme_jax.sharding import MeshConfig, make_mesh, put
+
+LENGTH_STEP = 64  # sequences are padded to a ladder of lengths so that few shapes compile
+
+
+class Model:
+    """A dense or carved model on one device.
+
+    config: ModelConfig. experts: the expert table int32 [L, E, C], None when dense. expert_config, router_config: what
+    was carved, None when dense or without a router. tokenizer: the folder's, loaded when first used.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.config: ModelConfig
+        self.expert_config: ExpertConfig | None
+        self.router_config: RouterConfig | None
+        self.config, self.expert_config, self.router_config = hf.read_config(folder)
+        self._mesh = make_mesh(MeshConfig(data=1))
+        params, self.experts, router_params = hf.load_params(folder, dtype=np.float32)
+        with jax.set_mesh(self._mesh):
+            self._weights: dict[str, Any] = {
+                "params": backbone.place(self.config, params),
+                "table": None if self.experts is None else make_table(self.experts, self.config.mlp),
+                "router": None if router_params is None else jax.tree.map(put, router_params),
+            }
+
+    @functools.cached_property
+    def tokenizer(self):
+        """The tokenizer of the folder; CheckpointError when it has none or does not fit the vocabulary."""
+        tokenizer = load_tokenizer(self.folder)
+        hf.check_tokenizer(tokenizer, self.config)
+        return tokenizer
+
+    @functools.cached_property
+    def stop_tokens(self) -> frozenset[int]:
+        """Ids that end a generation: of generation_config.json and the tokenizer."""
+        path, found = self.folder / "generation_config.json", []
+        if path.is_file():
+            eos = json.loads(path.read_text()).get("eos_token_id")
+            found = eos if isinstance(eos, list) else [eos]
+        return frozenset(i for i in [*found, self.tokenizer.eos_token_id] if i is not None)
+
+    def _ids(self, ids_BT) -> tuple[np.ndarray, np.ndarray, int]:
+        ids_BT = np.asarray(ids_BT)
+        require(
+            ids_BT.ndim == 2 and ids_BT.size > 0, f"ids must be [B, T] and not empty, got {ids_BT.shape}", DataError
+        )
+        require(np.issubdtype(ids_BT.dtype, np.integer), f"ids must be integers, got {ids_BT.dtype}", DataError)
+        low, high = int(ids_BT.min()), int(ids_BT.max())
+        vocab = self.config.vocab
+        require(0 <= low and high < vocab, f"ids run from {low} to {high}, the vocabulary has {vocab}", DataError)
+        length = ids_BT.shape[1]
+        limit = self.config.max_position
+        require(length <= limit, f"{length} tokens exceed the context of {limit}", DataError)
+        pad = bucket(length, LENGTH_STEP) - length
+        segments_BT = np.pad(np.ones(ids_BT.shape, np.int32), ((0, 0), (0, pad)))
+        return np.pad(ids_BT.astype(np.int32), ((0, 0), (0, pad))), segments_BT, length
+
+    def logits(self, ids_BT) -> np.ndarray:
+        """float32 logits [B, T, V] of token ids [B, T]; each row one document from its start."""
+        ids_BT, segments_BT, length = self._ids(ids_BT)
+        with jax.set_mesh(self._mesh):
+            return np.asarray(_logits(self.config, self.router_config, self._weights, ids_BT, segments_BT))[:, :length]
+
+    def route(self, ids_BT) -> np.ndarray | None:
+        """int32 [B, T] expert of each token, None for a dense model; zeros for one expert without a router."""
+        ids_BT, segments_BT, length = self._ids(ids_BT)
+        if self.experts is None:
+            return None
+        with jax.set_mesh(self._mesh):
+            return np.asarray(_route(self.config, self.router_config, self._weights, ids_BT, segments_BT))[:, :length]
+
+    def generate(
+        self,
+        prompts: str | list[str] | list[list[int]],
+        *,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        chat: bool = False,
+        stop_tokens: list[int] | None = None,
+        on_token=None,
+    ):
+        """Continue prompts of any lengths as one batch; see `generation.Sampling` for the options.
+
+        prompts: text (returns text, a str for a str and a list for a list) or lists of token ids (returns a list of
+        int32 arrays). chat: wrap each text as a user's turn in the tokenizer's chat template. stop_tokens: ids that
+        end a text, by default the model's own.
+        """
+        single = isinstance(prompts, str)
+        items = [prompts] if single else list(prompts)
+        text = bool(items) and all(isinstance(p, str) for p in items)
+        require(text or not chat, "chat=True needs text prompts", DataError)
+        ids = [self._encode(p, chat) if isinstance(p, str) else [int(i) for i in p] for p in items]
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+        stop = frozenset(stop_tokens) if stop_tokens is not None else self.stop_tokens
+        decoder = Decoder(self.config, self.router_config, sampling)
+        with jax.set_mesh(self._mesh):
+            out = generation.generate(decoder, self._weights, ids, stop, on_token)
+        if not text:
+            return [np.array(row, np.int32) for row in out]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in out]
+        return texts[0] if single else texts
+
+    def _encode(self, prompt: str, chat: bool) -> list[int]:
+        if not chat:
+            return self.tokenizer(prompt)["input_ids"]
+        require(
+            self.tokenizer.chat_template is not None, f"{self.folder}: the tokenizer has no chat template", DataError
+        )
+        turn = [{"role": "user", "content": prompt}]
+        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _route(cfg, router_cfg, weights, ids_BT, segments_BT):
+    if router_cfg is None:
+        return jnp.zeros_like(ids_BT)
+    return router.route(router_cfg, weights["router"], ids_BT, segments_BT, cfg.rope_theta)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _logits(cfg, router_cfg, weights, ids_BT, segments_BT):
+    route = None if weights["table"] is None else Masked(_route(cfg, router_cfg, weights, ids_BT, segments_BT))
+    x_BTD, _ = backbone.forward(cfg, weights["params"], ids_BT, segments_BT, table=weights["table"], route=route)
+    return backbone.unembed(weights["params"], x_BTD)
+
+
+def load(path_or_name: str | Path) -> Model:
+    """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package."""
+    folder = sources.resolve_model(str(path_or_name))
+    model_config, experts, router_config = hf.read_config(folder)
+    if experts is not None and experts.experts > 1 and router_config is None:
+        raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
+    return Model(folder)

@@ -1,0 +1,96 @@
+"""Activation statistics of the FFN's channels, by domain (METHOD section 2): one jitted pass over packed records."""
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax.config import ModelConfig, require
+from readme_jax.models import backbone
+from readme_jax.sharding import MeshConfig
+
+SUMS = ("abs", "square", "mean", "share")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CalibrateConfig:
+    """One calibration."""
+
+    model: Path
+    """Dense model folder (result of `import`, or any Hugging Face folder)."""
+    data: Path
+    """Result of `data`; its calibration records are read."""
+    out: Path
+    """Folder to write statistics.safetensors to."""
+    batch: int = 1
+    """Records of one forward pass; a multiple of the mesh's batch devices."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Compute dtype of the forward pass; statistics are summed in float32 and float64."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices on each mesh axis; the batch is split over data and expert."""
+
+    def __post_init__(self):
+        require(self.batch >= 1, f"batch={self.batch} must be at least 1")
+
+
+def make_statistics(cfg: ModelConfig, dtype=jnp.float32):
+    """jitted (params, ids_BT, segments_BT) -> float32 sums over the tokens that are not padding.
+
+    h is the input of down_proj. {"abs": sum |h|, "square": sum h^2, "mean": sum h, "share": sum of each token's
+    normalised energy h_j^2 ||w_j||^2 / sum_k h_k^2 ||w_k||^2} all [L, F], and "tokens" [] int32. Sharded batches are
+    summed over the mesh.
+    """
+
+    @jax.jit
+    def statistics(params, ids_BT: jax.Array, segments_BT: jax.Array) -> dict[str, jax.Array]:
+        keep_BT = (segments_BT > 0).astype(jnp.float32)
+
+        def tap(h_BTF, layer, table):
+            h_BTF = h_BTF.astype(jnp.float32) * keep_BT[..., None]
+            square_BTF = h_BTF * h_BTF
+            energy_BTF = square_BTF * jnp.sum(jnp.square(layer.w_down[...].astype(jnp.float32)), -1)
+            total_BT1 = jnp.maximum(jnp.sum(energy_BTF, -1, keepdims=True), 1e-30)
+            over = (0, 1)
+            return {
+                "abs": jnp.sum(jnp.abs(h_BTF), over),
+                "square": jnp.sum(square_BTF, over),
+                "mean": jnp.sum(h_BTF, over),
+                "share": jnp.sum(energy_BTF / total_BT1, over),
+            }
+
+        _, sums = backbone.forward(cfg, params, ids_BT, segments_BT, tap=tap, dtype=dtype)
+        return sums | {"tokens": jnp.sum(segments_BT > 0, dtype=jnp.int32)}
+
+    return statistics
+
+
+class Accumulator:
+    """Sums of one domain over batches, float64 on the host, with what is needed to go on after a kill."""
+
+    def __init__(self, layer: int, mlp: int):
+        self.sums = {name: np.zeros((layer, mlp)) for name in SUMS}
+        self.tokens = 0
+        self.batches = 0
+
+    def add(self, sums: dict[str, jax.Array]) -> None:
+        """Add the sums of one batch."""
+        for name in SUMS:
+            self.sums[name] += np.asarray(sums[name], np.float64)
+        self.tokens += int(sums["tokens"])
+        self.batches += 1
+
+    def means(self) -> dict[str, np.ndarray]:
+        """float32 means per token, [L, F] each."""
+        return {name: (value / max(self.tokens, 1)).astype(np.float32) for name, value in self.sums.items()}
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Arrays that `restore` reads back."""
+        return {**self.sums, "counts": np.array([self.tokens, self.batches], np.int64)}
+
+    def restore(self, state: dict[str, np.ndarray]) -> None:
+        """Continue from a stored state."""
+        self.sums = {name: np.array(state[name]) for name in SUMS}
+        self.tokens, self.batches = (int(v) for v in state["counts"])

@@ -1,0 +1,135 @@
+"""Held-out loss by domain for a dense or carved model, and what its routing does."""
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax import losses
+from readme_jax.config import ModelConfig, RouterConfig, require
+from readme_jax.losses import LabelConfig
+from readme_jax.models import backbone, router
+from readme_jax.models.experts import Masked
+from readme_jax.sharding import MeshConfig
+
+Arm = Literal["dense", "own_domain", "routed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """One evaluation."""
+
+    model: Path
+    """Model folder to evaluate."""
+    data: Path
+    """Result of `data`; its test records are read."""
+    out: Path
+    """Folder to write evaluation.json to."""
+    arms: tuple[Arm, ...] = ("dense", "routed")
+    """`dense`: all channels. `own_domain`: every token takes the expert named like its domain. `routed`: the router's
+    choice (expert 0 of a model with one expert)."""
+    router: Path | None = None
+    """Take the router of this folder instead of the model's own; its experts must be the same."""
+    labels: LabelConfig | None = None
+    """With the arm `dense`: also label every token, and report how often the router agrees."""
+    batch: int = 1
+    """Records of one forward pass; a multiple of the mesh's batch devices."""
+    mesh: MeshConfig = MeshConfig()
+    """Devices on each mesh axis."""
+
+    def __post_init__(self):
+        require(len(self.arms) > 0, "arms: at least one is needed")
+        require(len(set(self.arms)) == len(self.arms), f"arms={self.arms} names an arm twice")
+        require(self.batch >= 1, f"batch={self.batch} must be at least 1")
+
+
+def make_losses(cfg: ModelConfig, labels: LabelConfig | None = None, *, chunk: int = 128, dtype=jnp.float32):
+    """jitted (params, table | None, ids_BT, segments_BT, route | None) -> (loss sums [B], weights [B], labels).
+
+    Next-token loss in nats summed over each row's tokens, with the number of tokens. labels int32 [B, T]: the expert
+    with the best score in a dense run, None unless `labels` is given and there is no route.
+    """
+
+    @jax.jit
+    def evaluate(params, table, ids_BT, segments_BT, route):
+        target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
+        tap = losses.label_tap(labels) if labels is not None and route is None else None
+        x_BTD, seen = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, route=route, tap=tap, dtype=dtype)
+        label_BT = None if tap is None else jnp.argmax(losses.combine_layers(seen, labels), -1).astype(jnp.int32)
+        loss_B, weight_B = losses.token_loss(backbone.head_weight(params), x_BTD, target_BT, weight_BT, chunk)
+        return loss_B, weight_B, label_BT
+
+    return evaluate
+
+
+def make_route(router_cfg: RouterConfig, theta: float):
+    """jitted (router params, ids_BT, segments_BT) -> int32 experts [B, T]."""
+    return jax.jit(lambda params, ids_BT, segments_BT: router.route(router_cfg, params, ids_BT, segments_BT, theta))
+
+
+class Routing:
+    """Counts of a router's choices over records, by domain."""
+
+    def __init__(self, domains: int, experts: int):
+        self.count_ME = np.zeros((domains, experts), np.int64)
+        self.kept = self.pairs = self.agreed = self.labelled = 0
+
+    def add(self, domain: int, expert_BT: np.ndarray, segments_BT: np.ndarray, label_BT: np.ndarray | None) -> None:
+        """Count one batch of one domain; padding (segment 0) is left out, pairs never cross a document border."""
+        real_BT = segments_BT > 0
+        self.count_ME[domain] += np.bincount(expert_BT[real_BT], minlength=self.count_ME.shape[1])
+        together = (segments_BT[:, 1:] == segments_BT[:, :-1]) & real_BT[:, 1:]
+        self.kept += int(((expert_BT[:, 1:] == expert_BT[:, :-1]) & together).sum())
+        self.pairs += int(together.sum())
+        if label_BT is not None:
+            self.agreed += int(((expert_BT == label_BT) & real_BT).sum())
+            self.labelled += int(real_BT.sum())
+
+    def summary(self) -> dict[str, Any]:
+        """load [E], load_by_domain [M][E] (shares), load_max_over_mean, entropy (nats of the mean load), keeps_previous
+        (share of tokens with the previous token's expert; the paper counts 71.3 %), agreement with the labels."""
+        load_ME = self.count_ME / np.maximum(self.count_ME.sum(1, keepdims=True), 1)
+        load_E = self.count_ME.sum(0) / max(self.count_ME.sum(), 1)
+        used_E = load_E[load_E > 0]
+        return {
+            "load": load_E.tolist(),
+            "load_by_domain": load_ME.tolist(),
+            "load_max_over_mean": float(load_E.max() * len(load_E)),
+            "entropy": float(-(used_E * np.log(used_E)).sum()),
+            "keeps_previous": self.kept / self.pairs if self.pairs else None,
+            "agreement": self.agreed / self.labelled if self.labelled else None,
+            "tokens": int(self.count_ME.sum()),
+        }
+
+
+def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float]:
+    """Token-weighted loss of records, perplexity, tokens, and the standard error of the loss over records.
+
+    Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i.
+    """
+    sums_N, weights_N = np.asarray(list(sums), np.float64), np.asarray(list(weights), np.float64)
+    total = max(weights_N.sum(), 1.0)
+    loss = sums_N.sum() / total
+    n = len(sums_N)
+    error = np.sqrt(n / (n - 1) * np.square(sums_N - loss * weights_N).sum()) / total if n > 1 else 0.0
+    return {
+        "loss": float(loss),
+        "perplexity": float(np.exp(loss)),
+        "tokens": int(weights_N.sum()),
+        "error": float(error),
+    }
+
+
+def own_expert(names: tuple[str, ...], domain: str) -> int:
+    """Id of the expert named like a domain; ConfigError when there is none."""
+    require(domain in names, f"arm own_domain: no expert is named {domain!r}; experts: {', '.join(names)}")
+    return names.index(domain)
+
+
+def one_route(expert: int, ids_BT: np.ndarray, put) -> Masked:
+    """Every token to one expert."""
+    return Masked(put(np.full(ids_BT.shape, expert, np.int32)))

@@ -1,0 +1,94 @@
+"""Metrics of a run: one JSON line a step, optional TensorBoard, a progress bar, timings and peak memory."""
+
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+from tqdm import tqdm
+
+from readme_jax.config import ReadMeError
+
+
+class NonFiniteError(ReadMeError):
+    """A loss or gradient that is not a number: the run stops and says where."""
+
+
+class Metrics:
+    """Append-only JSONL log keyed by a step number; on resume the lines past the restored step are dropped."""
+
+    def __init__(self, path: Path, resume_at: int = 0, tensorboard: Path | None = None):
+        kept = []
+        if path.exists():
+            for line in path.read_text().splitlines():
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError:  # the line a kill cut short
+                    continue
+                if entry["step"] < resume_at:
+                    kept.append(line)
+        path.write_text("".join(line + "\n" for line in kept))
+        self._file = open(path, "a", buffering=1)
+        self._board = None
+        if tensorboard is not None:
+            try:
+                from tensorboardX import SummaryWriter
+            except ImportError:
+                raise ReadMeError("tensorboard=true needs the extra: pip install 'readme-jax[tensorboard]'") from None
+            self._board = SummaryWriter(str(tensorboard))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Write one line; NonFiniteError names the first value that is not finite."""
+        for name, value in values.items():
+            if not math.isfinite(value):
+                raise NonFiniteError(f"step {step}: {name} is {value}; the run stops before this is saved")
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def read_metrics(path: Path) -> list[dict]:
+    """All lines of a metrics file."""
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def progress(total: int, name: str, unit: str = "tok", initial: int = 0) -> tqdm:
+    """A tqdm bar with a rate: live on a terminal, a line every 30 s elsewhere."""
+    live = sys.stderr.isatty()
+    return tqdm(
+        total=total,
+        desc=name,
+        unit=unit,
+        unit_scale=True,
+        initial=initial,
+        mininterval=0.2 if live else 30.0,
+        dynamic_ncols=live,
+        ascii=not live,
+    )
+
+
+def peak_memory_gb() -> float:
+    """Peak resident memory of this process so far, GB (10^9 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+class Stopwatch:
+    """Seconds since construction."""
+
+    def __init__(self):
+        self._start = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Elapsed seconds."""
+        return time.perf_counter() - self._start

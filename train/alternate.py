@@ -1,0 +1,190 @@
+"""Train router and experts in turns: rounds of router steps (backbone frozen) and expert steps (router frozen).
+
+readme-jax alternate --config configs/quickstart/alternate.yaml --model runs/carved --data runs/data --out runs/tuned
+
+In: a carved model and packed text. Out: a model folder with tuned weights and router, and metrics.jsonl. Interrupted
+at any moment, the same command goes on from the last checkpoint, bit for bit.
+"""
+
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax import artifacts, cli, hf, optim, steps
+from readme_jax.alternate import AlternateConfig, LabelCache, needed_records, rows_of
+from readme_jax.checkpoint import Checkpoints
+from readme_jax.config import require
+from readme_jax.data import Batches, open_records
+from readme_jax.losses import HeadLoss
+from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
+from readme_jax.models import backbone, router
+from readme_jax.models.experts import make_table
+from readme_jax.sharding import P, batch_devices, put, spec, use_mesh
+
+MICRO = P(None, *spec("batch", "seq"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train once; a finished folder of the same config and inputs is left as it is."""
+    config: AlternateConfig = cli.parse(AlternateConfig, argv, __doc__ or "", prog="readme-jax alternate")
+    parents = {"model": config.model, "data": config.data}
+    if artifacts.finished(config.out, "alternate", config, parents):
+        print(f"tuned model: {config.out} (already there)")
+        return
+    with use_mesh(config.mesh), artifacts.building(config.out, "alternate", config, parents) as work:
+        train(config, work)
+    print(f"tuned model: {config.out}")
+
+
+def train(config: AlternateConfig, work: artifacts.Work) -> None:
+    """The run: data, model, steps, resume, loop, result."""
+    # ---- data
+    records = open_records(config.data, "train")
+    weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
+    plan = {"router": config.router, "experts": config.experts}
+    for name, phase in plan.items():
+        fits = phase.batch % batch_devices() == 0
+        require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
+    batches = {
+        name: Batches(records, weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
+        for i, (name, p) in enumerate(plan.items())
+    }
+    # ---- model: the teacher is frozen, the student starts as a copy of it
+    cfg, experts, router_cfg = hf.read_config(config.model)
+    require(experts is not None, f"model={config.model} is not carved; run `readme-jax carve` first")
+    assert experts is not None
+    alone = experts.experts == 1
+    require(not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice")
+    tied = experts.storage == "tied"
+    require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
+    host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
+    if not alone and router_host is None:
+        require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
+        router_cfg = config.router.shape
+        router_host = router.init_params(router_cfg, host["embedding"], experts.experts, config.seed)
+    teacher, table = backbone.place(cfg, host), make_table(table_LEC, cfg.mlp)
+    student, frozen = steps.split_tuned(teacher, config.experts.tuned)
+    tx = {name: optim.make(p.optim, p.steps) for name, p in plan.items()}
+    phases = {"experts": steps.start(jax.tree.map(jnp.copy, student), tx["experts"])}
+    if not alone:
+        phases["router"] = steps.start(jax.tree.map(put, router_host), tx["router"])
+    del host, router_host
+    # ---- steps
+    head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
+    expert_step = steps.make_expert_step(
+        cfg, head, tx["experts"], dtype=jnp.dtype(config.dtype), remat=config.experts.remat
+    )
+    label = steps.make_label(cfg, config.router.labels, jnp.dtype(config.dtype))
+    router_step = route = None
+    if router_cfg is not None:
+        router_step = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
+        route = steps.make_route(router_cfg, cfg.rope_theta)
+    # ---- resume, then labels that do not depend on training
+    checkpoints = Checkpoints(work.path / "checkpoints")
+    tick = checkpoints.latest() or 0
+    if tick:
+        phases = checkpoints.restore(phases)
+        print(f"resumed at step {tick} of {config.total}")
+    metrics = Metrics(work.path / "metrics.jsonl", tick, work.path / "tensorboard" if config.tensorboard else None)
+    cache = None
+    if config.router.steps and config.router.teacher == "original":
+        ids_N = needed_records(batches["router"], config.rounds * config.router.steps)
+        cache = LabelCache(work.path, ids_N, batches["router"].seq, experts.experts)
+        size = config.router.label_batch
+        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+        with progress(len(ids_N) * batches["router"].seq, "label", initial=cache.done * batches["router"].seq) as bar:
+
+            def labels_of(index_B: np.ndarray) -> np.ndarray:
+                rows = rows_of(batches["router"], index_B)
+                bar.update(rows["ids"].size)
+                ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
+                return np.asarray(label(teacher, table, ids, segments))
+
+            cache.fill(size, labels_of)
+    # ---- loop
+    start, last_save, pending = Stopwatch(), Stopwatch(), None
+    tokens = {name: p.batch * p.accum * batches[name].seq for name, p in plan.items()}
+    work_tokens = sum(tokens[config.at(t)[0]] for t in range(config.total))
+    done_tokens = sum(tokens[config.at(t)[0]] for t in range(tick))
+    spent = {"router": 0.0, "experts": 0.0}
+    with progress(work_tokens, "train", initial=done_tokens) as bar:
+        while tick < config.total:
+            name, number = config.at(tick)
+            began = start.seconds
+            batch = batches[name][number]
+            placed = {key: put(batch[key], MICRO) for key in ("ids", "segments")}
+            if name == "router":
+                assert router_step is not None
+                if cache is not None:
+                    target = cache[batch["index"]]
+                else:
+                    current = steps.join(phases["experts"].params, frozen)
+                    pairs = zip(placed["ids"], placed["segments"])
+                    target = np.stack([np.asarray(label(current, table, *pair)) for pair in pairs])
+                placed["target"] = put(target, P(*MICRO, None))
+                phases["router"], values = router_step(phases["router"], placed)
+            else:
+                expert_ABT = jnp.zeros_like(placed["ids"])
+                if route is not None:
+                    expert_ABT = route(phases["router"].params, placed["ids"], placed["segments"])
+                if config.experts.way == "grouped":
+                    placed["route"] = steps.plan(np.asarray(expert_ABT), experts.experts, "grouped")
+                else:
+                    placed["route"] = steps.plan(expert_ABT, experts.experts, "masked", put=lambda a: a)
+                kd = teacher if config.experts.kd_weight else None
+                phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
+            # the step before is logged while this one runs: the loop never waits for the device
+            _log(metrics, bar, pending)
+            pending = (tick, name, values)
+            tick += 1
+            due = config.ends_phase(tick - 1) or last_save.seconds > 60 * config.checkpoint_minutes
+            if due:
+                _log(metrics, bar, pending)
+                pending = None
+                if tick < config.total:
+                    checkpoints.save(tick, phases)
+                last_save = Stopwatch()
+            bar.update(tokens[name])
+            spent[name] += start.seconds - began
+    checkpoints.close()
+    metrics.close()
+    # ---- result
+    write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
+    ran = {name: plan[name].steps * config.rounds * tokens[name] for name in plan}
+    work.info |= {
+        "tokens": ran,
+        "seconds": start.seconds,
+        "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not done_tokens else None) for n in ran},
+        "peak_memory_gb": peak_memory_gb(),
+    }
+
+
+def _log(metrics: Metrics, bar, pending) -> None:
+    if pending is None:
+        return
+    tick, name, values = pending
+    values = {f"{name}/{key}": float(value) for key, value in values.items()}
+    metrics.log(tick, values)
+    bar.set_postfix_str(f"{name} loss {values[f'{name}/loss']:.3f}", refresh=False)
+
+
+def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_LEC, router_cfg, phases) -> None:
+    """The tuned model folder in place of the training state."""
+    cfg, _, _ = hf.read_config(config.model)
+    base = json.loads((config.model / "config.json").read_text())
+    router_params = jax.device_get(phases["router"].params) if router_cfg is not None else None
+    with hf.Writer(work.path) as writer:
+        hf.save_params(writer, cfg, jax.device_get(params), experts=table_LEC, router=router_params)
+    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg)
+    artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
+    hf.copy_side_files(config.model, work.path)
+    shutil.rmtree(work.path / "checkpoints", ignore_errors=True)
+    for name in ("labels.npy", "labels.json"):
+        (work.path / name).unlink(missing_ok=True)
+
+
+if __name__ == "__main__":
+    cli.run(main)

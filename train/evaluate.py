@@ -1,0 +1,109 @@
+"""Held-out loss and perplexity by domain, and routing statistics, of any model folder.
+
+readme-jax evaluate --model runs/tuned --data runs/data --out runs/evaluation --arms dense routed
+
+In: a model folder and packed text (`data`). Out: evaluation.json and a table on the terminal.
+"""
+
+import json
+
+import jax
+import numpy as np
+
+from readme_jax import artifacts, cli, hf
+from readme_jax.config import ConfigError, require
+from readme_jax.data import eval_batches, open_records
+from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, make_route, one_route, own_expert, summarise
+from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
+from readme_jax.models import backbone
+from readme_jax.models.experts import Masked, make_table
+from readme_jax.sharding import batch_devices, put, spec, use_mesh
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Evaluate once; a finished folder of the same config and inputs is only printed again."""
+    config: EvaluateConfig = cli.parse(EvaluateConfig, argv, __doc__ or "", prog="readme-jax evaluate")
+    parents = {"model": config.model, "data": config.data} | ({"router": config.router} if config.router else {})
+    if not artifacts.finished(config.out, "evaluate", config, parents):
+        evaluate(config, parents)
+    result = json.loads((config.out / "evaluation.json").read_text())
+    for arm, domains in result["arms"].items():
+        means = [f"{name} {entry['perplexity']:.2f}" for name, entry in domains.items()]
+        print(f"{arm:<10} mean loss {result['mean_loss'][arm]:.4f}   perplexity: {', '.join(means)}")
+
+
+def evaluate(config: EvaluateConfig, parents: dict) -> None:
+    """Run every arm over the test records and write the result."""
+    cfg, experts, router_cfg = hf.read_config(config.model)
+    if experts is None:
+        require(config.arms == ("dense",), f"arms={config.arms}: a dense model has only the arm dense")
+    else:
+        tied = experts.storage == "tied"
+        require(tied or "dense" not in config.arms, "arm dense: separate storage has no dense form")
+    if config.router is not None:
+        _, other, router_cfg = hf.read_config(config.router)
+        same = other is not None and experts is not None and other.names == experts.names
+        require(same, f"router={config.router}: its experts differ from those of {config.model}")
+    many = experts is not None and experts.experts > 1
+    if "routed" in config.arms and many and router_cfg is None:
+        raise ConfigError(f"arm routed: {config.model} has {experts.experts} experts and no router")  # type: ignore
+    records = open_records(config.data, "test")
+    own = {name: own_expert(experts.names, name) for name in records} if "own_domain" in config.arms else {}  # type: ignore
+    with use_mesh(config.mesh), artifacts.building(config.out, "evaluate", config, parents) as work:
+        require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")
+        params, table_LEC, router_params = hf.load_params(config.model, dtype=np.float32)
+        if config.router is not None:
+            _, _, router_params = hf.load_params(config.router, dtype=np.float32)
+        params = backbone.place(cfg, params)
+        table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
+        route = None
+        if many and router_params is not None and router_cfg is not None:
+            router_params, route = jax.tree.map(put, router_params), make_route(router_cfg, cfg.rope_theta)
+        losses = make_losses(cfg, config.labels if many else None)
+        rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
+        routing = Routing(len(records), experts.experts if experts else 1)
+        start = Stopwatch()
+        tokens = sum(int(np.count_nonzero(r.segments)) for r in records.values()) * len(config.arms)
+        names = list(records)
+        with progress(tokens, "evaluate") as bar:
+            for batch in eval_batches(records, config.batch):
+                name = names[batch["domains"][0]]
+                ids, segments = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
+                real = batch["index"] >= 0
+                chosen = None if route is None else route(router_params, ids, segments)
+                label = None
+                for arm in config.arms:
+                    path = None
+                    if arm == "own_domain":
+                        path = one_route(own[name], batch["ids"], lambda a: put(a, spec("batch", "seq")))
+                    elif arm == "routed":
+                        path = (
+                            Masked(chosen)
+                            if chosen is not None
+                            else one_route(0, batch["ids"], lambda a: put(a, spec("batch", "seq")))
+                        )
+                    loss_B, weight_B, found = losses(params, table, ids, segments, path)
+                    label = label if found is None else np.asarray(found)
+                    rows[arm][name][0].extend(np.asarray(loss_B, np.float64)[real].tolist())
+                    rows[arm][name][1].extend(np.asarray(weight_B, np.float64)[real].tolist())
+                    bar.update(int(np.count_nonzero(batch["segments"])))
+                if chosen is not None:
+                    routing.add(int(batch["domains"][0]), np.asarray(chosen), batch["segments"], label)
+        arms = {arm: {n: summarise(*pair) for n, pair in by.items()} for arm, by in rows.items()}
+        result = {
+            "arms": arms,
+            "mean_loss": {arm: float(np.mean([e["loss"] for e in by.values()])) for arm, by in arms.items()},
+            "routing": routing.summary() if route is not None else None,
+            "records": {arm: {n: {"loss": p[0], "tokens": p[1]} for n, p in by.items()} for arm, by in rows.items()},
+        }
+        artifacts.write_text(work.path / "evaluation.json", json.dumps(result))
+        work.info |= {
+            "seconds": start.seconds,
+            "tokens": tokens,
+            "tokens_per_s": tokens / start.seconds,
+            "peak_memory_gb": peak_memory_gb(),
+        }
+
+
+if __name__ == "__main__":
+    cli.run(main)

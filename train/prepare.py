@@ -1,0 +1,39 @@
+"""Text by domain, tokenised and packed into fixed-length records, from the hub, local files or the fallback text.
+
+readme-jax data --config configs/quickstart/data.yaml --model runs/dense --out runs/data
+
+In: a model folder (its tokenizer) and the domains of the YAML. Out: memory-mapped records for calibrate, alternate
+and evaluate.
+"""
+
+import dataclasses
+from pathlib import Path
+
+from readme_jax import cli, hf
+from readme_jax.data import DataConfig, load_tokenizer, prepare
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """One preparation of text."""
+
+    model: Path
+    """Model folder whose tokenizer and vocabulary the records are for."""
+    out: Path
+    """Folder to write the records to."""
+    data: DataConfig
+    """Domains, record length and tokens."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Prepare once; a finished folder of the same config and inputs is left as it is."""
+    config: PrepareConfig = cli.parse(PrepareConfig, argv, __doc__ or "", prog="readme-jax data")
+    cfg, _, _ = hf.read_config(config.model)
+    tokenizer = load_tokenizer(config.model)
+    hf.check_tokenizer(tokenizer, cfg)
+    prepare(config.data, tokenizer, config.out, cfg.vocab)
+    print(f"records: {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
