@@ -135,7 +135,7 @@ def model_card(cfg: ModelConfig, experts: ExpertConfig, router: RouterConfig | N
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
         'path = "path/to/this/folder"',
-        "tokenizer = AutoTokenizer.from_pretrained(path)",
+        "tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
         "model = AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True)",
         'inputs = tokenizer("The capital of France is", return_tensors="pt")',
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))",

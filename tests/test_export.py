@@ -9,7 +9,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from readme_jax import artifacts, hf
-from readme_jax.config import ArtifactError, CheckpointError, ConfigError, ReadMeError
+from readme_jax.config import ArtifactError, CheckpointError, ConfigError, ExpertConfig, ReadMeError
 from readme_jax.export import check_export, export
 from tests import oracles
 
@@ -113,6 +113,16 @@ def token_ids(seed=0, batch=2, length=70):
     import torch
 
     return torch.from_numpy(np.random.default_rng(seed).integers(3, V, (batch, length)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tiny matrices run faster on one thread, several times so when other tests share the cores."""
+    torch = pytest.importorskip("torch", reason="the `torch` extra is not installed")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -304,6 +314,40 @@ def test_tensors_are_byte_equal_and_import_back(exported):
     assert router_back["layers"].keys() == router["layers"].keys()
     for name, array in router["layers"].items():
         np.testing.assert_array_equal(router_back["layers"][name], array)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_our_own_parameters_survive_the_round_trip(tmp_path, tiny_cfg, dtype):
+    """hf.save_params -> export -> hf.load_params is bit-equal, in bfloat16 and over several shards too."""
+    import ml_dtypes
+
+    kind = np.dtype(dtype) if dtype == "float32" else np.dtype(ml_dtypes.bfloat16)
+    params = hf.init_params(tiny_cfg, seed=3, dtype=kind)
+    channels = tiny_cfg.mlp // 2
+    experts = ExpertConfig(
+        experts=2, channels=channels, storage="tied", names=("a", "b"), importance="energy", carving="domain"
+    )
+    rng = np.random.default_rng(0)
+    table = np.array([[np.sort(rng.permutation(tiny_cfg.mlp)[:channels]) for _ in "ab"] for _ in range(2)], np.int32)
+    source = tmp_path / "in"
+    source.mkdir()
+    writer = hf.Writer(source, max_shard_bytes=10_000)
+    hf.save_params(writer, tiny_cfg, params, table)
+    writer.close()
+    data = hf.config_to_hf(tiny_cfg, {}, experts)
+    (source / "config.json").write_text(json.dumps(data))
+    assert len(list(source.glob("*.safetensors"))) > 1
+    out = export(source, tmp_path / "out")
+    back, table_back, router = hf.load_params(out)
+    assert hf.read_config(out) == (tiny_cfg, experts, None) and router is None
+    np.testing.assert_array_equal(table_back, table)
+    assert back.keys() == params.keys() and back["layers"].keys() == params["layers"].keys()
+    for mine, theirs in [*zip_named(params, back), *zip_named(params["layers"], back["layers"])]:
+        assert mine.dtype == theirs.dtype and mine.tobytes() == theirs.tobytes()
+
+
+def zip_named(one, other):
+    return [(one[name], other[name]) for name in one if name != "layers"]
 
 
 def test_folder_and_card(exported):
