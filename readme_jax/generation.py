@@ -101,7 +101,7 @@ def _advance(decoder: Decoder, weights, ids_BT, positions_BT, last_B, caches, in
     """Run tokens through the caches and sample after each row's `last_B` position of this call."""
     x_BTD, expert_BT, caches = decoder.hidden(weights, ids_BT, positions_BT, caches)
     x_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
-    logits_BV = backbone.unembed(weights["params"], x_B1D)[:, 0]
+    logits_BV = jax.reshard(backbone.unembed(weights["params"], x_B1D)[:, 0], jax.P())
     root = jax.random.key(decoder.sampling.seed)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), index))(jnp.arange(len(last_B)))
     return sample(logits_BV, keys_B, decoder.sampling), expert_BT, caches

@@ -25,6 +25,7 @@ from readme_jax.models.layers import (
     rms_norm,
     rope_tables,
     windowed,
+    write_cache,
 )
 from readme_jax.sharding import put, spec
 
@@ -233,7 +234,6 @@ def step(
     slots = cache["k"].shape[2]
     mask_BTS = cache_mask(positions_BT, slots)
     slot_BS = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), (ids_BT.shape[0], slots))
-    row_B1 = jnp.arange(ids_BT.shape[0])[:, None]
 
     def body(carry, layer_inputs):
         x_BTD, k_LBSKH, v_LBSKH = carry
@@ -241,8 +241,8 @@ def step(
         new = {}
 
         def attend(q, k, v):
-            new["k"] = k_LBSKH.at[index, row_B1, positions_BT].set(k.astype(k_LBSKH.dtype))
-            new["v"] = v_LBSKH.at[index, row_B1, positions_BT].set(v.astype(v_LBSKH.dtype))
+            new["k"] = write_cache(k_LBSKH, index, positions_BT, k)
+            new["v"] = write_cache(v_LBSKH, index, positions_BT, v)
             limit = windowed(mask_BTS, positions_BT, slot_BS, window) if any(cfg.windows) else mask_BTS
             return attention(q, new["k"][index], new["v"][index], limit, cfg.head_dim**-0.5)
 

@@ -102,3 +102,10 @@ def windowed(mask_BTS: jax.Array, query_BT: jax.Array, key_BS: jax.Array, window
     """Restrict a mask to the last `window` positions (0: no limit), window int32 scalar, traced per layer."""
     near_BTS = query_BT[:, :, None] - key_BS[:, None, :] < window
     return mask_BTS & (near_BTS | (window == 0))
+
+
+def write_cache(cache_LBSKH: jax.Array, layer: jax.Array, positions_BT: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+    """Store keys or values of one layer in the slots named by their positions; the cache is not split over the mesh."""
+    row_B1 = jnp.arange(new_BTKH.shape[0])[:, None]
+    new_BTKH = jax.reshard(new_BTKH, jax.P()).astype(cache_LBSKH.dtype)
+    return cache_LBSKH.at[layer, row_B1, positions_BT].set(new_BTKH)

@@ -23,6 +23,7 @@ from readme_jax.models.layers import (
     positions,
     rms_norm,
     rope_tables,
+    write_cache,
 )
 
 Params = dict[str, Any]
@@ -146,11 +147,10 @@ def step(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Prefill or decode through the cache (see `backbone.step`): int32 experts [B, T] and the new cache."""
     mask_BTS = cache_mask(positions_BT, cache["k"].shape[2])
-    row_B1 = jnp.arange(ids_BT.shape[0])[:, None]
 
     def attend(q, k, v, index, carry):
-        k_all = carry["k"].at[index, row_B1, positions_BT].set(k.astype(carry["k"].dtype))
-        v_all = carry["v"].at[index, row_B1, positions_BT].set(v.astype(carry["v"].dtype))
+        k_all = write_cache(carry["k"], index, positions_BT, k)
+        v_all = write_cache(carry["v"], index, positions_BT, v)
         return attention(q, k_all[index], v_all[index], mask_BTS, ATTENTION_SCALE), {"k": k_all, "v": v_all}
 
     logits_BTE, cache = _run(cfg, params, ids_BT, positions_BT, theta, attend, cache)
