@@ -311,7 +311,11 @@ def save_params(
 
     CheckpointError for a parameter that is missing, unknown or misshapen.
     """
-    require(router is None or experts is not None, "a router is written with its experts table, not without it")
+    require(
+        router is None or experts is not None,
+        f"{writer.folder}: a router cannot be written without the table of experts it chooses from",
+        CheckpointError,
+    )
     _same_names(set(params), {entry.path[0] for entry in table(cfg)}, "params")
     write_top(writer, cfg, params)
     for layer in range(cfg.layer):
@@ -352,5 +356,8 @@ def init_params(cfg: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Par
             _put(tree, entry.path, np.ones(shape, dtype))
             continue
         rng = np.random.default_rng((seed, zlib.crc32("/".join(entry.path).encode())))
-        _put(tree, entry.path, (0.02 * rng.standard_normal(shape, np.float32)).astype(dtype))
+        array = np.empty(shape, dtype)
+        for part in array if entry.count else (array,):  # one layer of float32 at a time
+            part[...] = 0.02 * rng.standard_normal(entry.shape, np.float32)
+        _put(tree, entry.path, array)
     return tree

@@ -6,6 +6,7 @@ rope types, other activations) is refused, never ignored.
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def read_config(folder: str | Path) -> tuple[ModelConfig, ExpertConfig | None, R
     require(path.is_file(), f"{path}: no such file; a model folder needs one", CheckpointError)
     try:
         data = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):
         raise CheckpointError(f"{path}: not valid JSON") from None
     require(isinstance(data, dict), f"{path}: must be a JSON object", CheckpointError)
     return parse_config(data, str(path))
@@ -73,8 +74,15 @@ def _field(data: dict, name: str, kind: type, default: Any = _REQUIRED) -> Any:
         return default
     good = isinstance(value, int | float) and not isinstance(value, bool) if kind is float else type(value) is kind
     noun = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}[kind]
-    require(good, f"{name}={value!r} must be {noun}")
+    require(good and (kind is not float or math.isfinite(value)), f"{name}={value!r} must be {noun}")
     return float(value) if kind is float else value
+
+
+def _size(data: dict, name: str, default: Any = _REQUIRED) -> Any:
+    """A field that counts something: a whole number from 1."""
+    value = _field(data, name, int, default)
+    require(value is None or value >= 1, f"{name}={value} must be at least 1")
+    return value
 
 
 def _model_config(data: dict) -> ModelConfig:
@@ -87,11 +95,11 @@ def _model_config(data: dict) -> ModelConfig:
         not data.get("quantization_config"),
         "quantization_config: quantised weights are not supported; give the original checkpoint",
     )
-    embed, head, layer = (_field(data, n, int) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
-    head_dim = _field(data, "head_dim", int, 128 if family == "qwen3" else None)
+    embed, head, layer = (_size(data, n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    head_dim = _size(data, "head_dim", 128 if family == "qwen3" else None)
     if head_dim is None:
         require(
-            head > 0 and embed % head == 0,
+            embed % head == 0,
             f"hidden_size={embed} must be a multiple of num_attention_heads={head} when head_dim is not given",
         )
         head_dim = embed // head
@@ -99,17 +107,17 @@ def _model_config(data: dict) -> ModelConfig:
     attention_bias = family in ("llama", "qwen3") and _field(data, "attention_bias", bool, False)
     return ModelConfig(
         family=family,  # pyright: ignore[reportArgumentType]
-        vocab=_field(data, "vocab_size", int),
+        vocab=_size(data, "vocab_size"),
         embed=embed,
-        mlp=_field(data, "intermediate_size", int),
+        mlp=_size(data, "intermediate_size"),
         layer=layer,
         head=head,
         # Only Llama has checkpoints from before grouped queries; elsewhere a default would be a guess.
-        kv_head=_field(data, "num_key_value_heads", int, head if family == "llama" else _REQUIRED),
+        kv_head=_size(data, "num_key_value_heads", head if family == "llama" else _REQUIRED),
         head_dim=head_dim,
         norm_eps=_field(data, "rms_norm_eps", float),
         rope_theta=theta,
-        max_position=_field(data, "max_position_embeddings", int),
+        max_position=_size(data, "max_position_embeddings"),
         tied=_field(data, "tie_word_embeddings", bool, False),
         rope_scaling=scaling,
         qkv_bias=family == "qwen2" or attention_bias,
@@ -127,7 +135,7 @@ def _rope(data: dict) -> tuple[float, RopeScaling | None]:
     require(isinstance(rope, dict), f"{name}={rope!r} must be a mapping")
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     require(not nested, f"{name}.{nested[0] if nested else ''}: one rotary embedding per layer type is not supported")
-    theta = _field(rope, "rope_theta", float, None) or _field(data, "rope_theta", float, 10000.0)
+    theta = _field(rope, "rope_theta", float, _field(data, "rope_theta", float, 10000.0))
     require(theta > 0, f"rope_theta={theta} must be greater than 0")
     for place in (rope, data):
         share = _field(place, "partial_rotary_factor", float, 1.0)
@@ -146,10 +154,13 @@ def _rope(data: dict) -> tuple[float, RopeScaling | None]:
             return theta, RopeScaling(kind="linear", factor=factor)
         low, high = (_field(rope, key, float) for key in ("low_freq_factor", "high_freq_factor"))
         require(0 < low < high, f"low_freq_factor={low} must be above 0 and below high_freq_factor={high}")
-        # A model-wide original length comes first, then the scaling's own: transformers' order.
-        original = _field(data, "original_max_position_embeddings", int, None)
-        original = original or _field(rope, "original_max_position_embeddings", int, None)
-        original = original or _field(data, "max_position_embeddings", int)
+        original = _size(rope, "original_max_position_embeddings", _size(data, "max_position_embeddings"))
+        outside = _size(data, "original_max_position_embeddings", original)
+        # Which of the two counts has changed between versions of transformers.
+        require(
+            outside == original,
+            f"original_max_position_embeddings={original} contradicts {outside} in the config itself",
+        )
     except ConfigError as error:
         raise ConfigError(f"{name}.{error}") from None
     return theta, RopeScaling(
@@ -165,18 +176,15 @@ def _windows(data: dict, family: str, layer: int) -> tuple[int, ...]:
         good = isinstance(types, list) and len(types) == layer and all(kind in known for kind in types)
         require(good, f"layer_types must have one of {', '.join(known)} for each of num_hidden_layers={layer}")
     slides = [kind == "sliding_attention" for kind in types] if types is not None else None
-    window = 0
+    window = (_size(data, "sliding_window", None) or 0) if "sliding_window" in data else 4096
     if family == "mistral":
-        window = _field(data, "sliding_window", int, 0) if "sliding_window" in data else 4096
         here = [window > 0] * layer
     elif family in ("qwen2", "qwen3") and _field(data, "use_sliding_window", bool, False):
-        window = _field(data, "sliding_window", int, 0) if "sliding_window" in data else 4096
         first = _field(data, "max_window_layers", int, 28)
         here = slides if slides is not None else [window > 0 and i >= first for i in range(layer)]
         require(window > 0 or not any(here), "sliding_window is missing, and layer_types has sliding_attention")
     else:
         here = [False] * layer
-    require(window >= 0, f"sliding_window={window} must be at least 1")
     require(slides in (None, here), "layer_types contradicts sliding_window: the family slides in other layers")
     return tuple(window if here[i] else 0 for i in range(layer)) if any(here) else ()
 

@@ -152,7 +152,7 @@ def _slot(path: Path, name: str, entry: Any, base: int) -> Slot:
 
 def _read_sharded(folder: Path) -> dict[str, Slot]:
     index = folder / INDEX
-    weight_map = _json(index.read_bytes(), str(index)).get("weight_map")
+    weight_map = _json(index.read_bytes(), str(index)).get("weight_map") or {}
     require(
         isinstance(weight_map, dict) and len(weight_map) > 0,
         f"{index}: weight_map is missing or empty: it must map tensor names to shard files",
@@ -192,7 +192,7 @@ def _json(raw: bytes, where: str) -> dict:
 
     try:
         data = json.loads(raw, object_pairs_hook=no_twice)
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (ValueError, RecursionError):  # not JSON, not UTF-8, numbers or nesting without end
         raise CheckpointError(f"{where} is not valid JSON: damaged or not safetensors") from None
     require(isinstance(data, dict), f"{where} must be a JSON object", CheckpointError)
     return data
@@ -233,6 +233,7 @@ class Writer:
 
     def add(self, name: str, array: np.ndarray) -> None:
         """Queue one tensor. A name given twice, or a dtype safetensors has no code for, raises CheckpointError."""
+        require(name != "__metadata__", f"{self.folder}: a tensor cannot be called {name}", CheckpointError)
         require(name not in self._names, f"{self.folder}: tensor {name} written twice", CheckpointError)
         code = _CODES.get(array.dtype)
         require(
@@ -284,10 +285,14 @@ class Writer:
     def _flush(self) -> None:
         # Wide dtypes first keeps every tensor aligned to its own size, as the safetensors library does.
         names = sorted(self._pending, key=lambda name: (-self._pending[name].dtype.itemsize, name))
-        with open(self._temporary(len(self._shards)), "wb") as file:
-            _write_shard(file, names, self._pending)
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with open(self._temporary(len(self._shards)), "wb") as file:
+                _write_shard(file, names, self._pending)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError:
+            self.abort()
+            raise
         self._shards.append(names)
         self._pending, self._pending_bytes = {}, 0
 
