@@ -10,7 +10,7 @@ import numpy as np
 
 from readme_jax import artifacts
 from readme_jax.config import RouterConfig, require
-from readme_jax.data import Batches
+from readme_jax.data import Batches, Records
 from readme_jax.losses import LabelConfig
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
@@ -37,6 +37,9 @@ class RouterPhase:
     teacher: Literal["original", "current"] = "original"
     """Whose activations are labelled: the model as carved (labels are computed once and cached), or the tuned weights
     run densely (reference)."""
+    records: int = 0
+    """Tune on this many records only, equally many of each domain, several times over if there are more steps: labels
+    cost a dense forward pass each. 0: all."""
     label_batch: int = 1
     """Records of one labelling pass; a multiple of the mesh's batch devices."""
 
@@ -103,10 +106,13 @@ class AlternateConfig:
         require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
         require(self.checkpoint_minutes > 0, f"checkpoint_minutes={self.checkpoint_minutes} must be positive")
+        require(self.router.records >= 0, f"router.records={self.router.records} must not be negative")
         for name, phase in (("router", self.router), ("experts", self.experts)):
             require(phase.steps >= 0, f"{name}.steps={phase.steps} must not be negative")
             require(phase.batch >= 1 and phase.accum >= 1, f"{name}: batch and accum must be at least 1")
-        require(self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train")
+        require(
+            self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train"
+        )
 
     @property
     def total(self) -> int:
@@ -163,6 +169,12 @@ class LabelCache:
     def __getitem__(self, index_AB: np.ndarray) -> np.ndarray:
         """float32 [A, B, T, E] targets of record ids."""
         return self._array[np.searchsorted(self.ids_N, index_AB)]
+
+
+def first_records(records: dict[str, Records], count: int) -> dict[str, Records]:
+    """The first records of every domain, `count` in all (rounded up to a whole number a domain); 0: all of them."""
+    each = -(-count // len(records))
+    return {name: Records(r.ids[:each], r.segments[:each]) if count else r for name, r in records.items()}
 
 
 def rows_of(batches: Batches, index_B: np.ndarray) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ import numpy as np
 
 from readme_jax.config import DataError, ModelConfig, RouterConfig, require
 from readme_jax.models import backbone, router
-from readme_jax.models.backbone import Params
 from readme_jax.models.experts import ExpertTable, Masked
 from readme_jax.routing import bucket
 

@@ -1,5 +1,6 @@
 """Metrics of a run: one JSON line a step, optional TensorBoard, a progress bar, timings and peak memory."""
 
+import contextlib
 import json
 import math
 import resource
@@ -77,9 +78,21 @@ def progress(total: int, name: str, unit: str = "tok", initial: int = 0) -> tqdm
 
 
 def peak_memory_gb() -> float:
-    """Peak resident memory of this process so far, GB (10^9 bytes)."""
+    """Peak resident memory since `reset_peak_memory` (Linux) or the start of this process, GB (10^9 bytes)."""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024 / 1e9
+    except OSError:
+        pass
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def reset_peak_memory() -> None:
+    """Start the count of `peak_memory_gb` anew where the system can (Linux); elsewhere it goes on."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 class Stopwatch:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, needed_records, rows_of
+from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records, rows_of
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import require
 from readme_jax.data import Batches, open_records
@@ -48,8 +48,9 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     for name, phase in plan.items():
         fits = phase.batch % batch_devices() == 0
         require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
+    pools = {"router": first_records(records, config.router.records), "experts": records}
     batches = {
-        name: Batches(records, weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
+        name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
     }
     # ---- model: the teacher is frozen, the student starts as a copy of it
@@ -57,7 +58,9 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     require(experts is not None, f"model={config.model} is not carved; run `readme-jax carve` first")
     assert experts is not None
     alone = experts.experts == 1
-    require(not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice")
+    require(
+        not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice"
+    )
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
@@ -178,7 +181,7 @@ def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_
     router_params = jax.device_get(phases["router"].params) if router_cfg is not None else None
     with hf.Writer(work.path) as writer:
         hf.save_params(writer, cfg, jax.device_get(params), experts=table_LEC, router=router_params)
-    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg)
+    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype="float32")
     artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
     hf.copy_side_files(config.model, work.path)
     shutil.rmtree(work.path / "checkpoints", ignore_errors=True)
