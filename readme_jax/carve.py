@@ -218,6 +218,11 @@ def separate_table(experts_LEC: np.ndarray) -> np.ndarray:
     return np.repeat(own_EC[None], len(experts_LEC), axis=0)
 
 
+def take_rows(array: np.ndarray, rows_R: np.ndarray) -> np.ndarray:
+    """array[rows_R]. A transposed view (w_down in the file's order) is gathered as it lies and stays transposed."""
+    return array[rows_R] if array.flags.c_contiguous else np.take(array.T, rows_R, axis=-1).T
+
+
 def check_layer(where: str, dense: Layer, stored: Layer, dense_EC: np.ndarray, stored_EC: np.ndarray) -> float:
     """Compare the stored FFN with the one it came from on random inputs; the largest difference / output norm.
 
@@ -241,17 +246,19 @@ def check_layer(where: str, dense: Layer, stored: Layer, dense_EC: np.ndarray, s
     return float((error_K / np.maximum(size_K, np.finfo(np.float32).tiny)).max())
 
 
-def _ffn(x_BD: np.ndarray, bank: Layer, keep_KF: np.ndarray, block: int = 1024) -> np.ndarray:
+def _ffn(x_BD: np.ndarray, bank: Layer, keep_KF: np.ndarray, block: int = 4096) -> np.ndarray:
     """Output [K, B, D] of the FFN without b_down, once for every set of kept channels; `block` channels at a time."""
-    out_KBD = np.zeros((len(keep_KF), *x_BD.shape), np.float32)
+    sets, batch = len(keep_KF), len(x_BD)
+    out_KBD = np.zeros((sets * batch, x_BD.shape[1]), np.float32)
     for start in range(0, keep_KF.shape[1], block):
         rows = slice(start, start + block)
         part = {name: bank[name][rows].astype(np.float32) for name in BANK if name in bank}
         gate_BF = x_BD @ part["w_gate"].T + part.get("b_gate", np.float32(0))
         up_BF = x_BD @ part["w_up"].T + part.get("b_up", np.float32(0))
         h_BF = 0.5 * gate_BF * (1 + np.tanh(0.5 * gate_BF)) * up_BF  # silu without the overflow of exp
-        out_KBD += (h_BF * keep_KF[:, None, rows]) @ part["w_down"]
-    return out_KBD
+        h_KBF = h_BF * keep_KF[:, None, rows]
+        out_KBD += h_KBF.reshape(sets * batch, -1) @ part["w_down"]  # one matmul: NumPy batches by a loop
+    return out_KBD.reshape(sets, *x_BD.shape)
 
 
 def _by_expert(stats: Statistics, cfg: ModelConfig, config: CarveConfig) -> Statistics:
@@ -295,7 +302,7 @@ def _write(
         hf.write_top(writer, cfg, hf.read_top(reader, cfg))
         for i in progress(range(cfg.layer)):
             old = hf.read_layer(reader, cfg, i)
-            new = {name: array[rows_LF[i]] if name in BANK else array for name, array in old.items()}
+            new = {name: take_rows(array, rows_LF[i]) if name in BANK else array for name, array in old.items()}
             error = max(error, check_layer(f"{reader.folder}: layer {i}", old, new, old_LEC[i], new_LEC[i]))
             hf.write_layer(writer, new_cfg, i, new)
         hf.write_moe(writer, new_LEC)
