@@ -65,7 +65,8 @@ def download(package: Package, room: Path, *, quiet: bool = False) -> Path:
     files = list(room.iterdir())
     if done.returncode or len(files) != 1:
         lines = [line.strip() for line in done.stderr.decode(errors="replace").splitlines() if line.strip()]
-        errors = [line for line in lines if line.startswith("ERROR")]
+        # When pip itself breaks (a full disk), "ERROR: Exception:" heads a traceback and its last line tells why.
+        errors = [line for line in lines if line.startswith("ERROR") and line != "ERROR: Exception:"]
         reason = (errors or lines or [f"exit code {done.returncode}"])[-1][:200]
         raise SourceError(f"{package.requirement}: pip download failed ({reason})")
     found = artifacts.sha256(files[0])

@@ -430,6 +430,19 @@ def test_pip_download_is_pinned(shelf, tmp_path):
         registry.download(shelf._replace(requirement="nothing-here==9"), tmp_path / "absent", quiet=True)
 
 
+def test_pip_breaking_down_names_its_last_line(shelf, tmp_path, monkeypatch):
+    broken = tmp_path / "python"
+    lines = ["ERROR: Exception:", "Traceback (most recent call last):", "OSError: [Errno 28] No space left on device"]
+    broken.write_text("#!/bin/sh\n" + "".join(f"echo '{line}' >&2\n" for line in lines) + "exit 2\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(registry.sys, "executable", str(broken))
+    (tmp_path / "room").mkdir()
+    with pytest.raises(
+        SourceError, match=r"tinytext==1\.0: pip download failed \(OSError: .*No space left on device\)"
+    ):
+        registry.download(shelf, tmp_path / "room")
+
+
 def test_pip_missing(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(registry.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(SourceError, match="pip is not installed here"):
