@@ -101,7 +101,7 @@ class Model:
         chat: bool = False,
         stop_tokens: list[int] | None = None,
         on_token=None,
-    ):
+    ) -> Any:
         """Continue prompts of any lengths as one batch; see `generation.Sampling` for the options.
 
         prompts: text (returns text, a str for a str and a list for a list) or lists of token ids (returns a list of

@@ -15,7 +15,7 @@ from jax.sharding import AxisType
 
 from readme_jax.config import require
 
-P = jax.P
+P = jax.sharding.PartitionSpec
 AXES = ("data", "expert", "model")
 REPLICATED = P()
 

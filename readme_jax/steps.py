@@ -103,7 +103,9 @@ def make_route(router_cfg: RouterConfig, theta: float):
 
     @jax.jit
     def route(params: Params, ids_ABT: jax.Array, segments_ABT: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda micro: router.route(router_cfg, params, *micro, theta), (ids_ABT, segments_ABT))
+        return jax.lax.map(
+            lambda micro: router.route(router_cfg, params, micro[0], micro[1], theta), (ids_ABT, segments_ABT)
+        )
 
     return route
 

@@ -41,7 +41,9 @@ def stage(*words: object) -> str:
 
 def killed(after: Path, *words: object) -> None:
     """Start a stage and kill it (SIGKILL) once the file or folder `after` has appeared."""
-    process = subprocess.Popen([*COMMAND, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*COMMAND, *map(str, words)], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while process.poll() is None and not after.exists():
         time.sleep(0.02)
     check(process.poll() is None, f"{words[0]} was still running when it was killed")

@@ -1,4 +1,4 @@
-"""A tiny real checkpoint for tests: random Llama weights, a trained byte-level tokenizer, three domains of local text."""
+"""A tiny checkpoint for tests: random Llama weights, a trained byte-level tokenizer, three domains of local text."""
 
 import json
 from pathlib import Path
@@ -43,7 +43,10 @@ def write_model(folder: Path, *, layer: int = 2, embed: int = 32, mlp: int = 48,
     tokenizer.decoder = decoders.ByteLevel()
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=384,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator([text(n, 400, 7) for n in DOMAINS], trainer)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -52,9 +55,7 @@ def write_model(folder: Path, *, layer: int = 2, embed: int = 32, mlp: int = 48,
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     (folder / "tokenizer_config.json").write_text(
-        json.dumps(
-            {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "chat_template": template}
-        )
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": special[0], "chat_template": template})
     )
     cfg = ModelConfig(
         family="llama", vocab=384, embed=embed, mlp=mlp, layer=layer, head=4, kv_head=2, head_dim=8, norm_eps=1e-5,

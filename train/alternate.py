@@ -56,7 +56,6 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     # ---- model: the teacher is frozen, the student starts as a copy of it
     cfg, experts, router_cfg = hf.read_config(config.model)
     require(experts is not None, f"model={config.model} is not carved; run `readme-jax carve` first")
-    assert experts is not None
     alone = experts.experts == 1
     require(
         not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice"
@@ -64,6 +63,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
+    assert experts is not None and table_LEC is not None
     if not alone and router_host is None:
         require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
         router_cfg = config.router.shape

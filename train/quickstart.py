@@ -100,7 +100,7 @@ def show(f: dict[str, Path], path: Path) -> dict:
     for arm, folder in (("dense", "dense"), ("static_tuned", "static_tuned"), ("routed_tuned", "tuned")):
         model = api.load(f[folder])
         for sample, text in zip(samples, model.generate(list(PROMPTS), max_new_tokens=32)):
-            sample[arm] = text
+            sample[arm] = str(text)
         if arm == "routed_tuned":
             for records in open_records(f["data"], "test").values():
                 ids = records.ids[0][:48]
