@@ -12,10 +12,10 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from readme_jax.config import require
 
-P = jax.sharding.PartitionSpec
 AXES = ("data", "expert", "model")
 REPLICATED = P()
 

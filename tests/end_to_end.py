@@ -1,4 +1,4 @@
-"""Every stage from the command line on a tiny model and local text, in processes of their own, with a kill -9 in training.
+"""Every stage from the command line on a tiny model and local text, each a process, with a kill -9 in training.
 
 python tests/end_to_end.py FOLDER [SITE]
 

@@ -16,15 +16,15 @@ import numpy as np
 from readme_jax import artifacts, cli, hf, optim, steps
 from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records, rows_of
 from readme_jax.checkpoint import Checkpoints
-from readme_jax.config import require
+from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
 from readme_jax.losses import HeadLoss
 from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import make_table
-from readme_jax.sharding import P, batch_devices, put, spec, use_mesh
+from readme_jax.sharding import batch_devices, put, spec, use_mesh
 
-MICRO = P(None, *spec("batch", "seq"))
+MICRO = jax.P(None, *spec("batch", "seq"))
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -55,7 +55,8 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     }
     # ---- model: the teacher is frozen, the student starts as a copy of it
     cfg, experts, router_cfg = hf.read_config(config.model)
-    require(experts is not None, f"model={config.model} is not carved; run `readme-jax carve` first")
+    if experts is None:
+        raise ConfigError(f"model={config.model} is not carved; run `readme-jax carve` first")
     alone = experts.experts == 1
     require(
         not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice"
@@ -63,7 +64,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
-    assert experts is not None and table_LEC is not None
+    assert table_LEC is not None
     if not alone and router_host is None:
         require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
         router_cfg = config.router.shape
@@ -127,7 +128,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
                     current = steps.join(phases["experts"].params, frozen)
                     pairs = zip(placed["ids"], placed["segments"])
                     target = np.stack([np.asarray(label(current, table, *pair)) for pair in pairs])
-                placed["target"] = put(target, P(*MICRO, None))
+                placed["target"] = put(target, jax.P(*MICRO, None))
                 phases["router"], values = router_step(phases["router"], placed)
             else:
                 expert_ABT = jnp.zeros_like(placed["ids"])
