@@ -88,7 +88,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         route = steps.make_route(router_cfg, cfg.rope_theta)
     # ---- resume, then labels that do not depend on training
     checkpoints = Checkpoints(work.path / "checkpoints")
-    tick = checkpoints.latest() or 0
+    tick = resumed = checkpoints.latest() or 0
     if tick:
         phases = checkpoints.restore(phases)
         print(f"resumed at step {tick} of {config.total}")
@@ -111,48 +111,51 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     # ---- loop
     start, last_save, pending = Stopwatch(), Stopwatch(), None
     tokens = {name: p.batch * p.accum * batches[name].seq for name, p in plan.items()}
-    work_tokens = sum(tokens[config.at(t)[0]] for t in range(config.total))
-    done_tokens = sum(tokens[config.at(t)[0]] for t in range(tick))
+    bars = {}
     spent = {"router": 0.0, "experts": 0.0}
-    with progress(work_tokens, "train", initial=done_tokens) as bar:
-        while tick < config.total:
-            name, number = config.at(tick)
-            began = start.seconds
-            batch = batches[name][number]
-            placed = {key: put(batch[key], MICRO) for key in ("ids", "segments")}
-            if name == "router":
-                assert router_step is not None
-                if cache is not None:
-                    target = cache[batch["index"]]
-                else:
-                    current = steps.join(phases["experts"].params, frozen)
-                    pairs = zip(placed["ids"], placed["segments"])
-                    target = np.stack([np.asarray(label(current, table, *pair)) for pair in pairs])
-                placed["target"] = put(target, jax.P(*MICRO, None))
-                phases["router"], values = router_step(phases["router"], placed)
+    while tick < config.total:
+        name, number = config.at(tick)
+        began = start.seconds
+        if name not in bars:
+            whole, taken = (n * tokens[name] for n in (plan[name].steps * config.rounds, number))
+            bars[name] = progress(whole, name, initial=taken)
+        batch = batches[name][number]
+        placed = {key: put(batch[key], MICRO) for key in ("ids", "segments")}
+        if name == "router":
+            assert router_step is not None
+            if cache is not None:
+                target = cache[batch["index"]]
             else:
-                expert_ABT = jnp.zeros_like(placed["ids"])
-                if route is not None:
-                    expert_ABT = route(phases["router"].params, placed["ids"], placed["segments"])
-                if config.experts.way == "grouped":
-                    placed["route"] = steps.plan(np.asarray(expert_ABT), experts.experts, "grouped")
-                else:
-                    placed["route"] = steps.plan(expert_ABT, experts.experts, "masked", put=lambda a: a)
-                kd = teacher if config.experts.kd_weight else None
-                phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
-            # the step before is logged while this one runs: the loop never waits for the device
-            _log(metrics, bar, pending)
-            pending = (tick, name, values)
-            tick += 1
-            due = config.ends_phase(tick - 1) or last_save.seconds > 60 * config.checkpoint_minutes
-            if due:
-                _log(metrics, bar, pending)
-                pending = None
-                if tick < config.total:
-                    checkpoints.save(tick, phases)
-                last_save = Stopwatch()
-            bar.update(tokens[name])
-            spent[name] += start.seconds - began
+                current = steps.join(phases["experts"].params, frozen)
+                pairs = zip(placed["ids"], placed["segments"])
+                target = np.stack([np.asarray(label(current, table, *pair)) for pair in pairs])
+            placed["target"] = put(target, jax.P(*MICRO, None))
+            phases["router"], values = router_step(phases["router"], placed)
+        else:
+            expert_ABT = jnp.zeros_like(placed["ids"])
+            if route is not None:
+                expert_ABT = route(phases["router"].params, placed["ids"], placed["segments"])
+            if config.experts.way == "grouped":
+                placed["route"] = steps.plan(np.asarray(expert_ABT), experts.experts, "grouped")
+            else:
+                placed["route"] = steps.plan(expert_ABT, experts.experts, "masked", put=lambda a: a)
+            kd = teacher if config.experts.kd_weight else None
+            phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
+        # the step before is logged while this one runs: the loop never waits for the device
+        _log(metrics, bars, pending)
+        pending = (tick, name, values)
+        tick += 1
+        due = config.ends_phase(tick - 1) or last_save.seconds > 60 * config.checkpoint_minutes
+        if due:
+            _log(metrics, bars, pending)
+            pending = None
+            if tick < config.total:
+                checkpoints.save(tick, phases)
+            last_save = Stopwatch()
+        bars[name].update(tokens[name])
+        spent[name] += start.seconds - began
+    for bar in bars.values():
+        bar.close()
     checkpoints.close()
     metrics.close()
     # ---- result
@@ -161,18 +164,18 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     work.info |= {
         "tokens": ran,
         "seconds": start.seconds,
-        "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not done_tokens else None) for n in ran},
+        "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
         "peak_memory_gb": peak_memory_gb(),
     }
 
 
-def _log(metrics: Metrics, bar, pending) -> None:
+def _log(metrics: Metrics, bars, pending) -> None:
     if pending is None:
         return
     tick, name, values = pending
     values = {f"{name}/{key}": float(value) for key, value in values.items()}
     metrics.log(tick, values)
-    bar.set_postfix_str(f"{name} loss {values[f'{name}/loss']:.3f}", refresh=False)
+    bars[name].set_postfix_str(f"loss {values[f'{name}/loss']:.3f}", refresh=False)
 
 
 def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_LEC, router_cfg, phases) -> None:
