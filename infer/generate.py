@@ -10,6 +10,7 @@ import sys
 
 from readme_jax import api, cli
 from readme_jax.config import ConfigError, require
+from readme_jax.generation import Sampling
 from readme_jax.metrics import Stopwatch, progress
 
 
@@ -36,6 +37,14 @@ class GenerateConfig:
     experts: bool = False
     """Also print the experts that the tokens of prompt and continuation took."""
 
+    def __post_init__(self):
+        self.sampling()
+
+    def sampling(self) -> dict:
+        """The options of `generation.Sampling`, checked."""
+        options = {f.name: getattr(self, f.name) for f in dataclasses.fields(Sampling)}
+        return dataclasses.asdict(Sampling(**options))
+
 
 def main(argv: list[str] | None = None) -> None:
     """Generate and print."""
@@ -47,11 +56,7 @@ def main(argv: list[str] | None = None) -> None:
     with progress(len(prompts) * config.max_new_tokens, "generate") as bar:
         texts = model.generate(
             prompts,
-            max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seed=config.seed,
+            **config.sampling(),
             chat=config.chat,
             on_token=lambda row, token: bar.update(1),
         )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -154,6 +155,7 @@ class LabelCache:
             self._array = np.lib.format.open_memmap(path, mode="r+")
         else:
             self._array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
+            _reserve(path)
 
     def fill(self, batch: int, label: Callable[[np.ndarray], np.ndarray], saved_every: int = 32) -> None:
         """Label what is missing: label(ids_B) -> [B, T, E] for `batch` record ids at a time, the last ones repeated."""
@@ -169,6 +171,13 @@ class LabelCache:
     def __getitem__(self, index_AB: np.ndarray) -> np.ndarray:
         """float32 [A, B, T, E] targets of record ids."""
         return self._array[np.searchsorted(self.ids_N, index_AB)]
+
+
+def _reserve(path: Path) -> None:
+    """Take the disk blocks of a sparse file now: on a full disk a later write to the map would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        with open(path, "r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
 
 def first_records(records: dict[str, Records], count: int) -> dict[str, Records]:

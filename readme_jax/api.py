@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax import generation, hf, sources
+from readme_jax import artifacts, generation, hf, sources
 from readme_jax.config import ConfigError, DataError, ExpertConfig, ModelConfig, RouterConfig, require
 from readme_jax.data import load_tokenizer
 from readme_jax.generation import Decoder, Sampling
@@ -154,4 +154,6 @@ def load(path_or_name: str | Path) -> Model:
     model_config, experts, router_config = hf.read_config(folder)
     if experts is not None and experts.experts > 1 and router_config is None:
         raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
+    if (folder / artifacts.MANIFEST).is_file():
+        artifacts.verify(folder, hashes=True)
     return Model(folder)

@@ -17,7 +17,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from readme_jax.config import ArtifactError, require, save_yaml, to_dict
+from readme_jax.config import (
+    ArtifactError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    SourceError,
+    require,
+    save_yaml,
+    to_dict,
+)
 
 MANIFEST = "manifest.json"
 
@@ -128,15 +137,20 @@ class Work:
 def building(folder: str | Path, stage: str, config: Any, parents: dict[str, Path]) -> Iterator[Work]:
     """Build `folder` beside itself (`.<name>.partial`); on a clean exit hash, write the manifest, rename whole.
 
-    The partial folder survives a kill when it carries the same fingerprint, so a stage may go on from what it finds
-    there; one of another run is cleared. A full disk leaves no result and raises ArtifactError.
+    The parents' hashes are checked first. The partial folder survives a kill when it carries the same fingerprint, so a
+    stage may go on from what it finds there; one of another run is cleared. Bad input leaves nothing of a folder begun
+    here. A full disk leaves no result and raises ArtifactError.
     """
+    for parent in parents.values():
+        verify(parent, hashes=True)
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
     mark, mine = partial / "fingerprint", fingerprint(config, parents)
+    fresh = False
     try:
         if partial.exists() and not (mark.is_file() and mark.read_text() == mine):
             shutil.rmtree(partial)
+        fresh = not partial.exists()
         partial.mkdir(parents=True, exist_ok=True)
         mark.write_text(mine)
         work = Work(partial, {})
@@ -161,6 +175,10 @@ def building(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
         if folder.exists():
             folder.rmdir()
         os.rename(partial, folder)
+    except (ConfigError, SourceError, CheckpointError, DataError, ArtifactError):
+        if fresh:
+            shutil.rmtree(partial, ignore_errors=True)
+        raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(partial, ignore_errors=True)

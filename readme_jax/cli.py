@@ -80,15 +80,28 @@ def _one_line(box: str) -> str:
 
 
 def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
-    """Run a program's `main`. A ReadMeError becomes one line `error: ...` on stderr and exit code 2."""
+    """Run a program's `main`. A ReadMeError becomes one line `error: ...` on stderr and exit code 2; so does a file
+    that the system refuses to read or write, and memory that does not suffice."""
     try:
         main(argv)
-    except ReadMeError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+    except (ReadMeError, OSError, MemoryError) as error:
+        _fail(_explain(error))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _explain(error: BaseException) -> str:
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}" if str(error) else "out of memory"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return str(error) or type(error).__name__
 
 
 def dispatch(argv: list[str] | None = None) -> None:

@@ -237,7 +237,7 @@ def load_yaml(cls: type, path: str | Path) -> Any:
     require(path.is_file(), f"{path}: no such config file")
     try:
         data = yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         return from_dict(cls, data or {})

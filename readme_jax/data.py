@@ -262,12 +262,23 @@ def _save(path: Path, array: np.ndarray) -> None:
     os.replace(temporary, path)
 
 
-def open_records(folder: str | Path, split: Literal["train", "calibration", "test"]) -> dict[str, Records]:
-    """Memory-mapped records of one split by domain, in the config's order. ArtifactError or DataError (none there)."""
+def open_records(
+    folder: str | Path, split: Literal["train", "calibration", "test"], vocab: int | None = None
+) -> dict[str, Records]:
+    """Memory-mapped records of one split by domain, in the config's order. ArtifactError or DataError (none there).
+
+    vocab: rows of the embedding they will be read with; records made for more are a DataError.
+    """
     folder = Path(folder)
     require(split in ("train", "calibration", "test"), f"split={split!r} is not one of train, calibration, test")
     manifest = artifacts.verify(folder)
     require(manifest["stage"] == "data", f"{folder}: stage {manifest['stage']!r}, not 'data'", ArtifactError)
+    made_for = manifest["info"]["inputs"]["vocab"]
+    require(
+        vocab is None or made_for <= vocab,
+        f"{folder}: its tokens are of a vocabulary of {made_for}, the model has vocab_size={vocab}",
+        DataError,
+    )
     found = {}
     for name in manifest["config"]["domains"]:
         paths = [folder / f"{name}.{split}.{kind}.npy" for kind in ("ids", "segments")]

@@ -44,6 +44,7 @@ class EvaluateConfig:
     def __post_init__(self):
         require(len(self.arms) > 0, "arms: at least one is needed")
         require(len(set(self.arms)) == len(self.arms), f"arms={self.arms} names an arm twice")
+        require(self.labels is None or "dense" in self.arms, "labels: need the arm dense, whose run is labelled")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 
 

@@ -38,6 +38,7 @@ class Sampling:
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
         require(self.top_k >= 0, f"top_k={self.top_k} must not be negative")
+        require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0 .. 2**32 - 1")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")
 
 
@@ -96,12 +97,12 @@ class Decoder:
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnames="caches")
-def _advance(decoder: Decoder, weights, ids_BT, positions_BT, last_B, caches, index):
+def _advance(decoder: Decoder, weights, ids_BT, positions_BT, last_B, caches, index, seed):
     """Run tokens through the caches and sample after each row's `last_B` position of this call."""
     x_BTD, expert_BT, caches = decoder.hidden(weights, ids_BT, positions_BT, caches)
     x_B1D = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)
     logits_BV = jax.reshard(backbone.unembed(weights["params"], x_B1D)[:, 0], jax.P())
-    root = jax.random.key(decoder.sampling.seed)
+    root = jax.random.key(seed)
     keys_B = jax.vmap(lambda row: jax.random.fold_in(jax.random.fold_in(root, row), index))(jnp.arange(len(last_B)))
     return sample(logits_BV, keys_B, decoder.sampling), expert_BT, caches
 
@@ -139,7 +140,10 @@ def generate(
         ids_BT[row, : len(prompt)] = prompt
     caches = decoder.start(batch, max(bucket(int(lengths_B.max()) + room, PROMPT_STEP), width))
     positions_BT = np.broadcast_to(np.arange(width, dtype=np.int32), (batch, width))
-    token_B, _, caches = _advance(decoder, weights, ids_BT, positions_BT, lengths_B - 1, caches, np.int32(0))
+    # what does not change the program is left out of its key: other lengths and seeds compile nothing
+    seed = np.uint32(decoder.sampling.seed)
+    decoder = dataclasses.replace(decoder, sampling=dataclasses.replace(decoder.sampling, max_new_tokens=1, seed=0))
+    token_B, _, caches = _advance(decoder, weights, ids_BT, positions_BT, lengths_B - 1, caches, np.int32(0), seed)
     out: list[list[int]] = [[] for _ in prompts]
     done_B = np.zeros(batch, bool)
     zero_B = np.zeros(batch, np.int32)
@@ -148,7 +152,7 @@ def generate(
         if index < room:
             place_B1 = (lengths_B + index - 1)[:, None]
             token_B, _, caches = _advance(
-                decoder, weights, previous_B[:, None], place_B1, zero_B, caches, np.int32(index)
+                decoder, weights, previous_B[:, None], place_B1, zero_B, caches, np.int32(index), seed
             )
         for row, token in enumerate(np.asarray(previous_B).tolist()):
             if done_B[row]:

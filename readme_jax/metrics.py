@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from readme_jax.config import ReadMeError
+from readme_jax.config import ConfigError, ReadMeError
 
 
 class NonFiniteError(ReadMeError):
@@ -37,7 +37,7 @@ class Metrics:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                raise ReadMeError("tensorboard=true needs the extra: pip install 'readme-jax[tensorboard]'") from None
+                raise ConfigError("tensorboard=true needs the extra: pip install 'readme-jax[tensorboard]'") from None
             self._board = SummaryWriter(str(tensorboard))
 
     def log(self, step: int, values: dict[str, float]) -> None:

@@ -90,10 +90,11 @@ def model_devices() -> int:
 def put(value: Any, partition: P = REPLICATED) -> jax.Array:
     """Place a host array on the current mesh."""
     mesh = jax.sharding.get_mesh()
-    return jax.device_put(value, jax.NamedSharding(mesh, partition))
+    # One entry a dimension, as jit returns it: `P()` and `P(None)` are the same place but two entries of jit's cache.
+    whole = P(*partition, *(None,) * (np.ndim(value) - len(partition)))
+    return jax.device_put(value, jax.NamedSharding(mesh, whole))
 
 
 def put_tree(tree: Any, specs: Any) -> Any:
     """Place a tree of host arrays by a tree of specs of the same structure."""
-    mesh = jax.sharding.get_mesh()
-    return jax.tree.map(lambda leaf, s: jax.device_put(leaf, jax.NamedSharding(mesh, s)), tree, specs)
+    return jax.tree.map(put, tree, specs)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 import safetensors
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from readme_jax.config import ArtifactError, DataError, require
 
@@ -44,7 +44,8 @@ def save_statistics(stats: Statistics, folder: Path) -> None:
     """Write `statistics.safetensors` into `folder`: float32 arrays, tokens int64, domain names in the metadata."""
     tensors: dict[str, np.ndarray] = {name: np.ascontiguousarray(a, np.float32) for name, a in stats.arrays().items()}
     tensors["tokens_M"] = np.ascontiguousarray(stats.tokens_M, np.int64)
-    save_file(tensors, Path(folder) / STATISTICS, metadata={"names": json.dumps(list(stats.names))})
+    # save_file of the library loses the error number of a full disk
+    (Path(folder) / STATISTICS).write_bytes(save(tensors, metadata={"names": json.dumps(list(stats.names))}))
 
 
 def load_statistics(folder: Path) -> Statistics:

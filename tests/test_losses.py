@@ -187,14 +187,14 @@ def plain_head_loss(static, head, x, teacher_head, teacher, target, weight):
     return jnp.sum((static.kd * kl + static.ce * nll) * weight)
 
 
-@pytest.mark.parametrize("kd, ce, chunk", [(1.0, 0.0, 16), (0.0, 1.0, 40), (0.7, 0.2, 16), (1.5, 1.0, 1000)])
+@pytest.mark.parametrize("kd, ce, chunk", [(1.0, 0.0, 16), (0.0, 1.0, 1000), (0.7, 0.2, 16)])
 def test_head_loss_value_and_gradients(mesh, kd, ce, chunk):
     static, args = HeadLoss(kd, ce, chunk), case()
     head, x, teacher_head, teacher, target, weight = args
-    total, parts = jax.jit(losses.head_loss, static_argnums=0)(static, *args)
     x_MD, teacher_MD = (np.asarray(a).reshape(-1, D) for a in (x, teacher))
     flat = (head, x_MD, teacher_head, teacher_MD, target.reshape(-1), weight.reshape(-1))
     expected, kl, nll = head_oracle(*flat, kd, ce)
+    total, parts = jax.jit(losses.head_loss, static_argnums=0)(static, *args)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert float(parts["ce"]) == pytest.approx(nll, rel=1e-5)
     assert float(parts["kl"]) == pytest.approx(kl if kd else 0.0, rel=1e-5)

@@ -29,7 +29,7 @@ def params(mesh, host_params):
 
 
 def test_logits_match_numpy(params, host_params):
-    ids, segments = packed([[90], [90]], 90, VOCAB)
+    ids, segments = packed([[200], [200]], 200, VOCAB)
     got = _logits(params, ids, segments)
     assert got.dtype == jnp.float32
     expected = router_logits(host_params, ids, CFG.heads, THETA, CFG.norm_eps)
@@ -41,7 +41,7 @@ def test_logits_match_numpy(params, host_params):
 
 def test_packed_documents_are_routed_as_if_alone(params, host_params):
     lengths = [[20, 30, 31], [70]]
-    ids, segments = packed(lengths, 90, VOCAB, seed=1)
+    ids, segments = packed(lengths, 200, VOCAB, seed=1)
     got = _logits(params, ids, segments)
     for row in range(2):
         start = 0
@@ -64,12 +64,12 @@ def test_decoding_one_token_at_a_time_gives_the_same_experts(params):
 
 def test_prefill_of_padded_rows_then_decode(params):
     """Rows of 30 and 50 tokens padded on the right to 50, then 20 more each: as the full forward of each row."""
-    ids, segments = packed([[70], [70]], 70, VOCAB, seed=4)
+    ids, segments = packed([[200], [200]], 200, VOCAB, seed=4)
     expected = np.asarray(jnp.argmax(_logits(params, ids, segments), -1))
     prompt = np.array([30, 50])
     first = ids[:, :50].copy()
-    first[0, 30:] = 7  # padding, routed to nowhere that matters
-    got, cache = _step(params, first, np.tile(np.arange(50, dtype=np.int32), (2, 1)), router.init_cache(CFG, 2, 80))
+    first[0, 30:] = 7  # padding, its slots are overwritten before anyone sees them
+    got, cache = _step(params, first, np.tile(np.arange(50, dtype=np.int32), (2, 1)), router.init_cache(CFG, 2, 200))
     for row in range(2):
         np.testing.assert_array_equal(got[row, : prompt[row]], expected[row, : prompt[row]])
     for step in range(20):

@@ -22,7 +22,7 @@ from readme_jax.losses import HeadLoss
 from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import make_table
-from readme_jax.sharding import batch_devices, put, spec, use_mesh
+from readme_jax.sharding import batch_devices, model_devices, put, spec, use_mesh
 
 MICRO = jax.P(None, *spec("batch", "seq"))
 
@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: AlternateConfig, work: artifacts.Work) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
-    records = open_records(config.data, "train")
+    cfg, experts, router_cfg = hf.read_config(config.model)
+    records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
     for name, phase in plan.items():
@@ -53,8 +54,9 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
     }
+    one_device = batch_devices() * model_devices() == 1
+    require(one_device or config.experts.way == "masked", "experts.way=grouped runs on one device: set mesh.data=1")
     # ---- model: the teacher is frozen, the student starts as a copy of it
-    cfg, experts, router_cfg = hf.read_config(config.model)
     if experts is None:
         raise ConfigError(f"model={config.model} is not carved; run `readme-jax carve` first")
     alone = experts.experts == 1
@@ -63,6 +65,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     )
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
+    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run, which separate storage has not")
     host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
     assert table_LEC is not None
     if not alone and router_host is None:

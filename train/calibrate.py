@@ -8,7 +8,7 @@ In: a dense model folder and packed text (`data`). Out: statistics.safetensors. 
 import json
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 
 from readme_jax import artifacts, cli, hf
 from readme_jax.calibrate import Accumulator, CalibrateConfig, make_statistics
@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     cfg, experts, _ = hf.read_config(config.model)
     require(experts is None, f"model={config.model} is carved already; calibrate the dense model", CheckpointError)
-    records = open_records(config.data, "calibration")
+    records = open_records(config.data, "calibration", cfg.vocab)
     for name, own in records.items():
         require(len(own) > 0, f"domain {name}: no calibration records", DataError)
     with use_mesh(config.mesh), artifacts.building(config.out, "calibrate", config, parents) as work:
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _save(state: dict[str, np.ndarray], path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
-    save_file(state, temporary)
+    temporary.write_bytes(save(state))
     temporary.replace(path)
 
 

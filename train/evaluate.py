@@ -47,7 +47,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
     many = experts is not None and experts.experts > 1
     if "routed" in config.arms and many and router_cfg is None:
         raise ConfigError(f"arm routed: {config.model} has {experts.experts} experts and no router")  # type: ignore
-    records = open_records(config.data, "test")
+    records = open_records(config.data, "test", cfg.vocab)
     own = {name: own_expert(experts.names, name) for name in records} if "own_domain" in config.arms else {}  # type: ignore
     with use_mesh(config.mesh), artifacts.building(config.out, "evaluate", config, parents) as work:
         require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")

@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 
 from readme_jax import cli, hf
+from readme_jax.config import require
 from readme_jax.data import DataConfig, load_tokenizer, prepare
 
 
@@ -29,6 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     """Prepare once; a finished folder of the same config and inputs is left as it is."""
     config: PrepareConfig = cli.parse(PrepareConfig, argv, __doc__ or "", prog="readme-jax data")
     cfg, _, _ = hf.read_config(config.model)
+    context = cfg.max_position
+    require(config.data.seq <= context, f"data.seq={config.data.seq} exceeds the model's context of {context}")
     tokenizer = load_tokenizer(config.model)
     hf.check_tokenizer(tokenizer, cfg)
     prepare(config.data, tokenizer, config.out, cfg.vocab)

@@ -42,7 +42,8 @@ def main(argv: list[str] | None = None) -> None:
         "data",
         lambda: run.program(prepare, model=f["dense"], out=f["data"], data={"domains": domains, "seq": SEQ, **tokens}),
     )
-    run.stage("calibrate", lambda: run.program(calibrate, model=f["dense"], data=f["data"], out=f["statistics"]))
+    one = {"mesh": {"data": 1}}  # batches of one record: one device, however many there are
+    run.stage("calibrate", lambda: run.program(calibrate, model=f["dense"], data=f["data"], out=f["statistics"], **one))
     if plan is None:
         rate = artifacts.read_manifest(f["statistics"])["info"]["tokens_per_s"]
         plan = quickstart.make_plan(config, sizes, run.watch.seconds, rate)
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
 
     router = {"steps": plan.router_steps, "batch": plan.router_batch, "optim": {"lr": 1e-3, "warmup": 5}}
     experts = {"steps": plan.expert_steps, "batch": 1, "optim": {"lr": 2e-4, "warmup": 2}}
-    tune = {"data": f["data"], "rounds": 1, "seed": config.seed, "mesh": {"data": 1}, "checkpoint_minutes": 2.0}
+    tune = {"data": f["data"], "rounds": 1, "seed": config.seed, **one, "checkpoint_minutes": 2.0}
     router |= {"records": plan.label_records}
     none = {"steps": 0, "batch": 1}
     run.stage(
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     )
 
     def measure(name: str, model: Path, arms: list[str], **options) -> None:
-        evaluation = {"model": model, "data": f["data"], "out": f[f"evaluate_{name}"], "arms": arms, **options}
+        evaluation = {"model": model, "data": f["data"], "out": f[f"evaluate_{name}"], "arms": arms, **one, **options}
         run.stage(f"evaluate_{name}", lambda: run.program(evaluate, **evaluation))
 
     measure("untuned", f["carved"], ["dense", "own_domain", "routed"], router=f["tuned"], labels={})

@@ -136,21 +136,25 @@ def grouped(x_BTD: jax.Array, layer, table_EC: jax.Array, mask_EU: jax.Array, ro
     Expert rows are gathered once per layer; the plan is the same for all layers. Empty rows are zero in and dropped.
     """
     b, t, d = x_BTD.shape
-    mask_EU = jax.reshard(mask_EU, REPLICATED)  # axes of length 1: a change of type, not of place
+    # `run` has made sure that all axes have length 1: a change of type, not of place
+    mask_EU, x_BTD = jax.reshard((mask_EU, x_BTD), REPLICATED)
     x_MD = jnp.concatenate([x_BTD.reshape(b * t, d), jnp.zeros((1, d), x_BTD.dtype)])
     x_PRD = x_MD[route.source_PR]
 
-    def expert_rows(w_FD):
-        return _rows(jax.reshard(w_FD, REPLICATED).astype(x_BTD.dtype), table_EC, mask_EU)[route.expert_P]
+    def here(w):
+        return jax.reshard(w[...], REPLICATED).astype(x_BTD.dtype)
 
-    gate_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_gate[...]))
-    up_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_up[...]))
+    def expert_rows(w):
+        return _rows(here(w), table_EC, mask_EU)[route.expert_P]
+
+    gate_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_gate))
+    up_PRC = jnp.einsum("prd,pcd->prc", x_PRD, expert_rows(layer.w_up))
     if hasattr(layer, "b_gate"):
         ids_PC = table_EC[route.expert_P]
-        gate_PRC += layer.b_gate[...].astype(x_BTD.dtype)[ids_PC][:, None]
-        up_PRC += layer.b_up[...].astype(x_BTD.dtype)[ids_PC][:, None]
-    y_PRD = jnp.einsum("prc,pcd->prd", jax.nn.silu(gate_PRC) * up_PRC, expert_rows(layer.w_down[...]))
-    y_BTD = y_PRD.reshape(-1, d)[route.row_M].reshape(b, t, d)
+        gate_PRC += here(layer.b_gate)[ids_PC][:, None]
+        up_PRC += here(layer.b_up)[ids_PC][:, None]
+    y_PRD = jnp.einsum("prc,pcd->prd", jax.nn.silu(gate_PRC) * up_PRC, expert_rows(layer.w_down))
+    y_BTD = jax.reshard(y_PRD.reshape(-1, d)[route.row_M].reshape(b, t, d), OUTPUT)
     return y_BTD + layer.b_down[...].astype(y_BTD.dtype) if hasattr(layer, "b_down") else y_BTD
 
 
