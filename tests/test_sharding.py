@@ -10,7 +10,7 @@ from readme_jax.config import ConfigError, ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import ExpertTable, Masked, make_table
-from readme_jax.sharding import AXES, P, MeshConfig, make_mesh, put, put_tree, spec, use_mesh
+from readme_jax.sharding import AXES, MeshConfig, P, make_mesh, put, put_tree, spec, use_mesh
 
 
 def test_spec_maps_logical_axes():
@@ -80,7 +80,7 @@ def test_steps_of_a_7b_model_lower_on_a_pod(shape):
     batch, seq = (1, 64, 512), P(None, *spec("batch", "seq"))
     mesh = AbstractMesh(shape, AXES, axis_types=(AxisType.Explicit,) * 3)
 
-    def array(dims, dtype=np.float32, placed=P()):
+    def array(dims, dtype=np.float32, placed=sharding.REPLICATED):
         return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, placed))
 
     def tree(abstract, specs):
@@ -109,6 +109,10 @@ def test_steps_of_a_7b_model_lower_on_a_pod(shape):
         abstract = router.abstract_params(RouterConfig(), FULL.vocab, 7)
         params = tree(abstract, jax.tree.map(lambda _: P(), abstract))
         phase = jax.eval_shape(lambda p: steps.Phase(jax.numpy.int32(0), p, tx.init(p)), params)
-        data = {"ids": ids, "segments": ids, "target": array((*batch, 7), np.float32, P(None, *spec("batch", "seq", None)))}
+        data = {
+            "ids": ids,
+            "segments": ids,
+            "target": array((*batch, 7), np.float32, P(None, *spec("batch", "seq", None))),
+        }
         step = steps.make_router_step(RouterConfig(), FULL.rope_theta, tx)
         step.trace(phase, data).lower(lowering_platforms=("tpu",))
