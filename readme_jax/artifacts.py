@@ -43,7 +43,10 @@ def sha256(path: Path) -> str:
 def fingerprint(config: Any, parents: dict[str, Path]) -> str:
     """Identity of a result: its config and the content of its parents. Where they lie and where it goes is left out."""
     heads = {name: parent_identity(path) for name, path in sorted(parents.items())}
-    text = json.dumps({"config": _result_fields(config), "parents": heads}, sort_keys=True)
+    fields = _result_fields(config)
+    if isinstance(fields, dict):
+        fields = {key: value for key, value in fields.items() if key not in parents}
+    text = json.dumps({"config": fields, "parents": heads}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -110,16 +113,17 @@ def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
     same = manifest["stage"] == stage and manifest["fingerprint"] == mine
     require(
         same,
-        f"out={folder} belongs to another run (stage {manifest['stage']}, {_difference(manifest, stage, config)}); "
+        f"out={folder} belongs to another run (stage {manifest['stage']}, "
+        f"{_difference(manifest, stage, config, parents)}); "
         "choose another folder",
         ArtifactError,
     )
     return True
 
 
-def _difference(manifest: dict, stage: str, config: Any) -> str:
+def _difference(manifest: dict, stage: str, config: Any, parents: dict[str, Path]) -> str:
     old, new = manifest["config"], _result_fields(config)
-    for key in new:
+    for key in sorted(new, key=lambda key: key in parents):  # paths of inputs last: they may differ and not matter
         if manifest["stage"] == stage and old.get(key) != new[key]:
             return f"{key}={old.get(key)!r} there, {new[key]!r} here"
     return "other inputs"
@@ -134,12 +138,15 @@ class Work:
 
 
 @contextlib.contextmanager
-def building(folder: str | Path, stage: str, config: Any, parents: dict[str, Path]) -> Iterator[Work]:
+def building(
+    folder: str | Path, stage: str, config: Any, parents: dict[str, Path], *, resolved: Any = None
+) -> Iterator[Work]:
     """Build `folder` beside itself (`.<name>.partial`); on a clean exit hash, write the manifest, rename whole.
 
     The parents' hashes are checked first. The partial folder survives a kill when it carries the same fingerprint, so a
     stage may go on from what it finds there; one of another run is cleared. Bad input leaves nothing of a folder begun
-    here. A full disk leaves no result and raises ArtifactError.
+    here. A full disk leaves no result and raises ArtifactError. `resolved`: what config.yaml holds, where a program's
+    whole config is more than `config`.
     """
     for parent in parents.values():
         verify(parent, hashes=True)
@@ -155,7 +162,7 @@ def building(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
         mark.write_text(mine)
         work = Work(partial, {})
         yield work
-        save_yaml(config, partial / "config.yaml")
+        save_yaml(config if resolved is None else resolved, partial / "config.yaml")
         mark.unlink()
         files = {
             str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256(p)}

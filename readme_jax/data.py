@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from tqdm import tqdm
@@ -189,11 +189,13 @@ def prepare(
     vocab: int,
     *,
     parents: Mapping[str, Path] | None = None,
+    resolved: Any = None,
 ) -> Path:
     """Tokenise and pack every domain into the artifact `out` (stage "data"); goes on after a kill, domain by domain.
 
-    vocab: rows of the model's embedding. Sources are found (fallback text: fetched) before anything is written.
-    ConfigError, SourceError, DataError or ArtifactError; a finished `out` of the same inputs is returned as it is.
+    vocab: rows of the model's embedding. resolved: the program's whole config, written beside the result. Sources are
+    found (fallback text: fetched) before anything is written. ConfigError, SourceError, DataError or ArtifactError; a
+    finished `out` of the same inputs is returned as it is.
     """
     out, parents = Path(out), dict(parents or {})
     check_tokenizer(tokenizer, vocab)
@@ -206,7 +208,7 @@ def prepare(
     for name, domain in config.domains.items():
         source_files(name, domain)
     inputs = _inputs(config, tokenizer, vocab)
-    with artifacts.building(out, "data", config, parents) as work:
+    with artifacts.building(out, "data", config, parents, resolved=resolved) as work:
         mark = work.path / "inputs.json"
         if mark.is_file() and json.loads(mark.read_text()) != inputs:
             for stale in work.path.glob("*.*"):

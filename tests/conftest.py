@@ -9,6 +9,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import jax
 import pytest
+from stages import stages  # noqa: F401  (a fixture for all)
 
 from readme_jax.config import ModelConfig, RopeScaling
 from readme_jax.sharding import MeshConfig, use_mesh

@@ -65,7 +65,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     )
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
-    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run, which separate storage has not")
+    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
     host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
     assert table_LEC is not None
     if not alone and router_host is None:

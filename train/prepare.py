@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
     require(config.data.seq <= context, f"data.seq={config.data.seq} exceeds the model's context of {context}")
     tokenizer = load_tokenizer(config.model)
     hf.check_tokenizer(tokenizer, cfg)
-    prepare(config.data, tokenizer, config.out, cfg.vocab)
+    prepare(config.data, tokenizer, config.out, cfg.vocab, resolved=config)
     print(f"records: {config.out}")
 
 
