@@ -127,15 +127,16 @@ class ExpertConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
-    """The pre-gating router (paper, Table 1): a small causal transformer over token ids.
-
-    width: embedding = feature = MLP width. heads: attention heads. layers: blocks.
-    """
+    """The pre-gating router (paper, Table 1): a small causal transformer over token ids."""
 
     width: int = 512
+    """Width of embedding, features and MLP."""
     heads: int = 4
+    """Attention heads."""
     layers: int = 1
+    """Blocks."""
     norm_eps: float = 1e-6
+    """Added to the mean square in its norms."""
 
     def __post_init__(self):
         require(

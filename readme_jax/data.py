@@ -33,18 +33,20 @@ TOKENISE = 1 << 18  # characters handed to the tokenizer at once
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Domains, the record length and how many tokens of each split every domain gives.
-
-    seq: tokens of a record. train_tokens, eval_tokens (test split), calibration_tokens: per domain, 0 writes none;
-    calibration takes the first records of the train text, so it never touches test documents.
-    """
+    """Domains, the record length and how many tokens of each split every domain gives."""
 
     domains: dict[str, DomainConfig]
+    """Name to source of every domain."""
     seq: int
+    """Tokens of a record."""
     train_tokens: int
+    """Tokens of the train split per domain; 0 writes none."""
     eval_tokens: int
+    """Tokens of the test split per domain; 0 writes none."""
     calibration_tokens: int
+    """Tokens for calibration per domain, the first of the train split (never of the test split); 0 writes none."""
     seed: int = 0
+    """Seed that is written down with the records; the split itself depends on the text alone."""
 
     def __post_init__(self):
         require(bool(self.domains), "domains is empty; at least one is needed")

@@ -18,22 +18,24 @@ from readme_jax.sharding import spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LabelConfig:
-    """Router labels from a dense run.
-
-    kind: `overlap` (the reference: channels among the token's most active that an expert owns) or `energy` (share of
-    the FFN output's energy that an expert keeps). signed: rank h instead of |h| in `overlap` (the reference's
-    oversight, for parity). hard_weight, soft_weight: mix of arg-max label and softmax label. label_smoothing: of the
-    arg-max label. temperature: divides the score before the softmax (reference: 0.1).
-    """
+    """Router labels from a dense run."""
 
     kind: Literal["overlap", "energy"] = "energy"
+    """`overlap`: channels among the token's most active that an expert owns (reference). `energy`: share of the FFN
+    output's energy that an expert keeps."""
     signed: bool = False
+    """Rank h instead of |h| in `overlap` (the reference's oversight, for parity); needs kind=overlap."""
     hard_weight: float = 0.0
+    """Weight of the arg-max label (reference: 0.75)."""
     soft_weight: float = 1.0
+    """Weight of the softmax label (reference: 0.25)."""
     label_smoothing: float = 0.0
+    """Smoothing of the arg-max label (reference: 0.5)."""
     temperature: float = 0.02
+    """Divides the score before the softmax (reference: 0.1)."""
 
     def __post_init__(self):
+        require(self.kind == "overlap" or not self.signed, "signed=true has no meaning for kind=energy")
         require(self.temperature > 0, f"temperature={self.temperature} must be positive")
         require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1)")
         require(

@@ -11,20 +11,22 @@ from readme_jax.config import require
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-    """Optimizer of one phase.
-
-    lr: peak learning rate of round 0. round_decay: factor on the peak from round to round. warmup: steps of linear
-    warm-up at the start of each round. weight_decay: AdamW decay on matrices (norms and biases are left out).
-    clip: bound on the global gradient norm. b1, b2: Adam moments.
-    """
+    """Optimizer of one phase: AdamW, cosine within a round."""
 
     lr: float
+    """Peak learning rate of round 0."""
     round_decay: float = 0.8
+    """Factor on the peak from round to round."""
     warmup: int = 0
+    """Steps of linear warm-up at the start of each round."""
     weight_decay: float = 0.01
+    """AdamW decay on matrices; norms and biases are left out."""
     clip: float = 1.0
+    """Bound on the global gradient norm."""
     b1: float = 0.9
+    """Decay of Adam's first moment."""
     b2: float = 0.999
+    """Decay of Adam's second moment."""
 
     def __post_init__(self):
         require(self.lr > 0, f"lr={self.lr} must be positive")

@@ -38,11 +38,14 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices per mesh axis. `data=0` takes every device that the other axes leave."""
+    """Devices per mesh axis."""
 
     data: int = 0
+    """Devices that split the batch; 0 takes every device that the other axes leave."""
     expert: int = 1
+    """Devices that split the batch too (and separate experts, in a later version)."""
     model: int = 1
+    """Devices that split the FFN channels."""
 
 
 def spec(*axes: str | None) -> P:

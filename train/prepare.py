@@ -11,7 +11,16 @@ from pathlib import Path
 
 from readme_jax import cli, hf
 from readme_jax.config import require
-from readme_jax.data import DataConfig, load_tokenizer, prepare
+from readme_jax.data import DataConfig, DomainConfig, load_tokenizer, prepare
+from readme_jax.quickstart import DOMAINS
+
+QUICKSTART = DataConfig(
+    domains={name: DomainConfig(source="fallback") for name in DOMAINS},
+    seq=512,
+    train_tokens=20480,
+    eval_tokens=1024,
+    calibration_tokens=1024,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,8 +31,8 @@ class PrepareConfig:
     """Model folder whose tokenizer and vocabulary the records are for."""
     out: Path
     """Folder to write the records to."""
-    data: DataConfig
-    """Domains, record length and tokens."""
+    data: DataConfig = QUICKSTART
+    """Domains, record length and tokens: the quickstart's seven domains unless the YAML names others."""
 
 
 def main(argv: list[str] | None = None) -> None:
