@@ -35,7 +35,9 @@ class QuickstartConfig:
     """Seed of data order and router."""
 
     def __post_init__(self):
-        require(self.minutes > 0, f"minutes={self.minutes} must be positive")
+        require(0 < self.minutes < math.inf, f"minutes={self.minutes} must be positive")
+        require(0 < self.fraction <= 1, f"fraction={self.fraction} must be above 0 and at most 1")
+        require(self.seed >= 0, f"seed={self.seed} must not be negative")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,7 @@ class Stages:
             *path, last = dotted.split("__")
             inner = functools.reduce(lambda d, key: d.setdefault(key, {}), path, config)
             inner[last] = value
-        path = Path(out).with_suffix(".yaml")
+        path = Path(out).with_suffix(f".{name}.yaml")
         path.write_text(yaml.safe_dump(json.loads(json.dumps(config, default=str))))
         return str(path)
 

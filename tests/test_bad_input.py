@@ -136,8 +136,7 @@ def test_other_programs_look_as_closely(stages, model, refused, tmp_path, comman
         "carve": ["--statistics", stages.statistics, "--out", tmp_path / "out"],
         "export": ["--out", tmp_path / "out"],
     }[command]
-    # carve takes results of `import` only: those have a manifest
-    words = ["not a finished result"] if command == "carve" else ["model/config.json", "model_type='mamba'"]
+    words = ["model/config.json", "model_type='mamba'"]
     refused(words, command, "--model", model, *argv)
 
 
@@ -187,7 +186,14 @@ def test_tampered_results_are_found_by_their_hash(stages, refused, tmp_path):
         else:
             refused(words, "carve", "--model", stages.dense, "--statistics", folder, *out)
     os.truncate(tmp_path / "tuned" / "model.safetensors", 100)
-    refused(["tuned/model.safetensors", "truncated"], "generate", "--model", tmp_path / "tuned", "--prompts", "one")
+    refused(
+        ["tuned/model.safetensors", "100 bytes, the manifest says"],
+        "generate",
+        "--model",
+        tmp_path / "tuned",
+        "--prompts",
+        "one",
+    )
     (tmp_path / "data" / "animals.train.ids.npy").unlink()
     refused(
         ["animals.train.ids.npy", "listed in manifest.json but missing"],
@@ -219,7 +225,7 @@ def test_text(stages, refused, tmp_path):
     data(["domain colours", "nothing.jsonl", "no file"], data__domains__colours=files | {"path": "nothing.jsonl"})
     line = "domain animals (train): "
     data([line, " tokens, 9999999 asked"], False, data__train_tokens=9_999_999)
-    data(["data.domains", "empty"], data__domains={})
+    data(["domains is empty"], data__domains={})
     data(["data.seq=1024", "context of 512"], data__seq=1024)
     data(
         ["data.domains.animals.source", "'hbu'", "'fallback', 'hub', 'files'"], data__domains__animals={"source": "hbu"}
@@ -291,7 +297,7 @@ def test_stages_that_do_not_follow(stages, refused, tmp_path):
     refused(["carved already"], "carve", "--model", stages.carved, "--statistics", stages.statistics, *out)
     refused(["carved already"], "calibrate", "--model", stages.carved, "--data", stages.data, *out, *ONE)
     refused(["stage 'import', not 'data'"], "calibrate", "--model", stages.dense, "--data", stages.dense, *out, *ONE)
-    refused([f"{stages.data}/config.json", "no such file"], "generate", "--model", stages.data / "config.json")
+    refused([stages.data, "a model folder needs config.json"], "generate", "--model", stages.data, "--prompts", "one")
     refused([stages.data], "calibrate", "--model", stages.data, "--data", stages.data, *out, *ONE)
     refused(
         ["statistics.safetensors", "no such file"], "carve", "--model", stages.dense, "--statistics", stages.data, *out
@@ -345,8 +351,8 @@ def test_evaluate(stages, refused, tmp_path):
 
 
 def test_generate(stages, refused):
-    def generate(words, *argv, folder=stages.tuned):
-        refused(words, "generate", "--model", folder, *argv)
+    def generate(words, *argv, folder=stages.tuned, early=True):
+        refused(words, "generate", "--model", folder, *argv, early=early)
 
     for option, value, rule in (
         ("--top-p", 0, "top_p=0.0 must be in (0, 1]"),
@@ -357,9 +363,9 @@ def test_generate(stages, refused):
         ("--seed", -1, "seed=-1 must be in 0 .. 2**32 - 1"),
     ):
         generate([rule], "--prompts", "one", option, value)
-    generate(["prompt 1 is empty"], "--prompts", "one", "")
+    generate(["prompt 1 is empty"], "--prompts", "one", "", early=False)
     rule = ["prompt 0", "tokens + max_new_tokens=510 exceed the context of 512"]
-    generate(rule, "--prompts", "one two three four", "--max-new-tokens", 510)
+    generate(rule, "--prompts", "one two three four", "--max-new-tokens", 510, early=False)
     generate(["3 experts but no router"], "--prompts", "one", folder=stages.carved)
     generate(["/no/model", "no such folder or file"], "--prompts", "one", folder="/no/model")
 
@@ -368,7 +374,8 @@ def test_generate_without_prompt_or_template(stages, model, refused, monkeypatch
     monkeypatch.setattr("sys.stdin", iter(["\n"]))
     refused(["prompts: none given"], "generate", "--model", stages.tuned)
     edit_json(model / "tokenizer_config.json", chat_template=None)
-    refused([model, "no chat template"], "generate", "--model", model, "--prompts", "one", "--chat")
+    argv = ["--model", model, "--prompts", "one", "--chat"]
+    refused([model, "no chat template"], "generate", *argv, early=False)
 
 
 def test_export_of_a_dense_model(stages, refused, tmp_path):
@@ -377,7 +384,7 @@ def test_export_of_a_dense_model(stages, refused, tmp_path):
 
 def test_quickstart(refused, tmp_path):
     refused(["minutes=0.0 must be positive"], "quickstart", "--minutes", "0", "--out", tmp_path / "out")
-    refused(["fraction"], "quickstart", "--fraction", "2", "--out", tmp_path / "out")
+    refused(["fraction=2.0 must be above 0 and at most 1"], "quickstart", "--fraction", "2", "--out", tmp_path / "out")
 
 
 # ---- the output folder ------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
     assert "resumed at step 6 of 8" in capsys.readouterr().out
     assert differing(out, stages.tuned) == set()
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned", "tuned.yaml"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned", "tuned.alternate.yaml"]
 
 
 def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):

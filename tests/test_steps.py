@@ -1,5 +1,6 @@
 """The jitted steps of training: accumulation, what is frozen, one compile, and the same result on every mesh."""
 
+import dataclasses
 import functools
 
 import jax
@@ -24,17 +25,14 @@ ADAM = optim.OptimConfig(lr=1e-2)
 ROWS = [[24], [10, 14], [5], [3, 4], [20], []]
 
 
-@pytest.fixture(scope="module")
-def cfg():
-    return ModelConfig(
-        family="qwen3", vocab=64, embed=16, mlp=24, layer=2, head=4, kv_head=2, head_dim=8, norm_eps=1e-5,
-        rope_theta=10000.0, max_position=64, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True,
-        windows=(0, 8),
-    )  # fmt: skip
+CFG = ModelConfig(
+    family="qwen3", vocab=64, embed=16, mlp=24, layer=2, head=4, kv_head=2, head_dim=8, norm_eps=1e-5,
+    rope_theta=10000.0, max_position=64, tied=True, qkv_bias=True, out_bias=True, mlp_bias=True, qk_norm=True,
+    windows=(0, 8),
+)  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def host(cfg):
+def draw(cfg):
     """Everything a step needs, in NumPy: student, teacher, router, table, a batch [6, T] and its experts."""
     ids, segments = packed(ROWS, T, cfg.vocab)
     rng = np.random.default_rng(0)
@@ -48,6 +46,16 @@ def host(cfg):
         "expert": rng.integers(0, E, ids.shape).astype(np.int32),
         "target": rng.dirichlet(np.ones(E), ids.shape).astype(np.float32),
     }
+
+
+@pytest.fixture(scope="module")
+def cfg():
+    return CFG
+
+
+@pytest.fixture(scope="module")
+def host():
+    return draw(CFG)
 
 
 def place_ABT(array, accum=1):
@@ -194,14 +202,19 @@ MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
 MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
 
 
+# Of the options only the bias of the FFN is placed in a way of its own; without the others it compiles twice as fast.
+MESH_CFG = dataclasses.replace(
+    CFG, family="llama", qkv_bias=False, out_bias=False, qk_norm=False, windows=(), tied=False
+)  # fmt: skip
 # The reference takes the whole batch at once, the meshes two microbatches: accumulation is compared as well.
 ACCUM = {shape: 1 if shape == MESHES[0] else 2 for shape in MESHES}
 
 
 @functools.cache
-def trained(shape, cfg, draw):
+def trained(shape):
     """Labels, then two steps of each phase on a mesh: everything they return as NumPy, rows in one order."""
-    host, accum = draw(), ACCUM[shape]
+    cfg, accum = MESH_CFG, ACCUM[shape]
+    host = draw(cfg)
     rows = [[24], [10, 14], [5], [3, 4], [20], [9, 9], [24], [1]]
     host["ids"], host["segments"] = packed(rows * 2, T, cfg.vocab, seed=5)
     host["expert"] = np.random.default_rng(6).integers(0, E, host["ids"].shape).astype(np.int32)
@@ -234,11 +247,6 @@ def twice(step, phase, *rest):
     return metrics, jax.tree.map(np.asarray, phase.params)
 
 
-@pytest.fixture(scope="module")
-def draw(host):
-    return lambda: dict(host)
-
-
 @pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_meshes_do_not_change_results(cfg, draw, shape):
-    assert_close(trained(shape, cfg, draw), trained(MESHES[0], cfg, draw))
+def test_meshes_do_not_change_results(shape):
+    assert_close(trained(shape), trained(MESHES[0]))

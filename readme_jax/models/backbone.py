@@ -27,7 +27,7 @@ from readme_jax.models.layers import (
     windowed,
     write_cache,
 )
-from readme_jax.sharding import put, spec
+from readme_jax.sharding import REPLICATED, put, spec
 
 Params = dict[str, Any]
 Remat = Literal["none", "full"]
@@ -244,6 +244,7 @@ def step(
             new["k"] = write_cache(k_LBSKH, index, positions_BT, k)
             new["v"] = write_cache(v_LBSKH, index, positions_BT, v)
             limit = windowed(mask_BTS, positions_BT, slot_BS, window) if any(cfg.windows) else mask_BTS
+            q = jax.reshard(q, REPLICATED)  # as the cache
             return attention(q, new["k"][index], new["v"][index], limit, cfg.head_dim**-0.5)
 
         def ffn(y_BTD, block):

@@ -78,11 +78,14 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
     """
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
-    q_BTKGH = q_BTNH.reshape(b, t, k, n // k, h)
+    # Said, because a reshape that adds or drops an axis of length 1 may lose the batch's place on the mesh.
+    batch = jax.typeof(q_BTNH).sharding.spec[0]
+    q_BTKGH = jnp.reshape(q_BTNH, (b, t, k, n // k, h), out_sharding=jax.P(batch, None, None, None, None))
     score_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, jnp.float32(-1e30))
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH).reshape(b, t, n, h)
+    y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH)
+    return jnp.reshape(y_BTKGH, (b, t, n, h), out_sharding=jax.P(batch, None, None, None))
 
 
 def packed_mask(segments_BT: jax.Array) -> jax.Array:

@@ -25,6 +25,7 @@ from readme_jax.models.layers import (
     rope_tables,
     write_cache,
 )
+from readme_jax.sharding import REPLICATED, spec
 
 Params = dict[str, Any]
 ATTENTION_SCALE = 1.0  # the reference leaves out 1/sqrt(d)
@@ -100,7 +101,8 @@ def _run(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax
         y_BTR = rms_norm(x_BTR, layer.attn_norm[...], cfg.norm_eps)
 
         def heads(w, b):
-            return linear(y_BTR, w[...], b[...]).reshape(*ids_BT.shape, cfg.heads, head_dim)
+            shape = (*ids_BT.shape, cfg.heads, head_dim)
+            return jnp.reshape(linear(y_BTR, w[...], b[...]), shape, out_sharding=spec("batch", "seq", None, None))
 
         q, k = apply_rope(heads(layer.w_q, layer.b_q), rope), apply_rope(heads(layer.w_k, layer.b_k), rope)
         y_BTNH, carry = attend(q, k, heads(layer.w_v, layer.b_v), index, carry)
@@ -151,6 +153,7 @@ def step(
     def attend(q, k, v, index, carry):
         k_all = write_cache(carry["k"], index, positions_BT, k)
         v_all = write_cache(carry["v"], index, positions_BT, v)
+        q = jax.reshard(q, REPLICATED)  # as the cache
         return attention(q, k_all[index], v_all[index], mask_BTS, ATTENTION_SCALE), {"k": k_all, "v": v_all}
 
     logits_BTE, cache = _run(cfg, params, ids_BT, positions_BT, theta, attend, cache)
