@@ -133,7 +133,7 @@ def expected(temperature, top_k, top_p):
 
 @pytest.mark.parametrize(
     "temperature, top_k, top_p",
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 4, 1.0), (1.0, 0, 0.7), (1.5, 5, 0.6), (1.0, 1, 1.0), (1.0, 0, 1e-6), (1.0, 50, 1.0)],
+    [(1.0, 0, 1), (0.5, 0, 1), (2.0, 4, 1), (1.0, 0, 0.7), (1.5, 5, 0.6), (1.0, 1, 1), (1.0, 0, 1e-6), (1.0, 50, 1)],
 )  # fmt: skip
 def test_sample_follows_the_distribution(temperature, top_k, top_p):
     sampling = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
