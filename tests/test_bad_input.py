@@ -194,9 +194,9 @@ def test_tampered_results_are_found_by_their_hash(stages, refused, tmp_path):
         "--prompts",
         "one",
     )
-    (tmp_path / "data" / "animals.train.ids.npy").unlink()
+    (tmp_path / "data" / "animals.calibration.ids.npy").unlink()
     refused(
-        ["animals.train.ids.npy", "listed in manifest.json but missing"],
+        ["animals.calibration.ids.npy", "listed in manifest.json but missing"],
         "alternate", "--config", stages.yaml("alternate", tmp_path / "out", data=tmp_path / "data"),
     )  # fmt: skip
 
