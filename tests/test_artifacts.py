@@ -1,0 +1,180 @@
+"""Result folders: whole or not there, never mixed with another run, every change noticed."""
+
+import dataclasses
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from readme_jax import artifacts
+from readme_jax.config import ArtifactError, DataError
+from readme_jax.metrics import NonFiniteError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Of a stage with one parent."""
+
+    out: Path
+    model: Path | None = None
+    steps: int = 3
+
+
+def make(out, text="tensor", parents=None, **options):
+    parents = parents or {}
+    config = Config(out, parents.get("model"), **options)
+    with artifacts.building(out, "stage", config, parents) as work:
+        (work.path / "sub").mkdir(exist_ok=True)
+        (work.path / "sub" / "weights").write_text(text)
+        work.info["seconds"] = 2
+    return config
+
+
+def finished(out, parents=None, stage="stage", **options):
+    parents = parents or {}
+    return artifacts.finished(out, stage, Config(out, parents.get("model"), **options), parents)
+
+
+def test_a_whole_result(tmp_path):
+    parent, out = tmp_path / "parent", tmp_path / "deep" / "out"
+    make(parent)
+    assert not finished(out, {"model": parent})
+    make(out, parents={"model": parent})
+    assert finished(out, {"model": parent})
+    manifest = artifacts.verify(out, hashes=True)
+    assert manifest["stage"] == "stage" and manifest["info"] == {"seconds": 2}
+    assert manifest["parents"] == {"model": str(parent)} and {"python", "jax"} <= set(manifest["versions"])
+    assert manifest["files"]["sub/weights"] == {"bytes": 6, "sha256": artifacts.sha256(out / "sub" / "weights")}
+    assert sorted(manifest["files"]) == ["config.yaml", "sub/weights"]
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {"out": str(out), "model": str(parent), "steps": 3}
+    assert sorted(p.name for p in out.parent.iterdir()) == ["out"], "nothing beside it"
+
+
+def test_an_empty_folder_is_taken_another_run_is_not(tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    assert not finished(out)
+    make(out)
+    with pytest.raises(ArtifactError, match="belongs to another run .stage stage, steps=3 there, 4 here.; choose"):
+        finished(out, steps=4)
+    with pytest.raises(ArtifactError, match="belongs to another run .stage stage, other inputs"):
+        finished(out, stage="other")
+    with pytest.raises(OSError):
+        make(out)  # a program asks `finished` first; even without, nothing is overwritten
+    assert artifacts.verify(out, hashes=True)
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.txt").write_text("mine")
+    with pytest.raises(ArtifactError, match="not empty and was not made by readme-jax"):
+        finished(tmp_path / "notes")
+    with pytest.raises(ArtifactError, match="is a file, a folder is needed"):
+        finished(tmp_path / "notes" / "a.txt")
+
+
+def test_parents_count_by_content_not_by_place(tmp_path):
+    make(tmp_path / "a")
+    make(tmp_path / "out", parents={"model": tmp_path / "a"})
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    assert finished(tmp_path / "out", {"model": tmp_path / "copy"})
+    shutil.move(tmp_path / "out", tmp_path / "moved")
+    assert finished(tmp_path / "moved", {"model": tmp_path / "copy"})
+    make(tmp_path / "b", text="other tensors")
+    with pytest.raises(ArtifactError, match="belongs to another run .*model="):
+        finished(tmp_path / "moved", {"model": tmp_path / "b"})
+    with pytest.raises(ArtifactError, match="nowhere: not a finished result .manifest.json is missing."):
+        make(tmp_path / "new", parents={"model": tmp_path / "nowhere"})
+
+
+def test_a_kill_leaves_what_was_done_for_the_same_run(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+
+    def begin(**options):
+        with artifacts.building(out, "stage", Config(out, **options), {}) as work:
+            seen = sorted(p.name for p in work.path.iterdir())
+            (work.path / "half").write_text("done so far")
+            raise RuntimeError(json.dumps(seen))
+
+    for options, seen in (({}, ["fingerprint"]), ({}, ["fingerprint", "half"]), ({"steps": 4}, ["fingerprint"])):
+        with pytest.raises(RuntimeError) as stop:
+            begin(**options)
+        assert json.loads(str(stop.value)) == seen and partial.is_dir() and not out.exists()
+    make(out, steps=4)
+    assert (out / "half").read_text() == "done so far" and not partial.exists()
+    assert "fingerprint" not in artifacts.verify(out, hashes=True)["files"]
+
+
+def test_bad_input_leaves_nothing_but_what_was_there(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+
+    def fail(error):
+        with pytest.raises(type(error)):
+            with artifacts.building(out, "stage", Config(out), {}) as work:
+                (work.path / "half").write_text("x")
+                raise error
+
+    fail(DataError("domain news: 3 tokens, 5 asked"))
+    assert list(tmp_path.iterdir()) == []
+    fail(NonFiniteError("step 3: loss is nan"))  # its metrics are worth a look
+    assert (partial / "half").is_file()
+    fail(DataError("again"))  # hours of an earlier start are not thrown away
+    assert (partial / "half").is_file()
+
+
+@pytest.mark.parametrize(
+    "number, message",
+    [
+        (errno.ENOSPC, "the disk is full; nothing was written"),
+        (errno.EDQUOT, "the disk is full"),
+        (errno.EACCES, "cannot be written .Permission denied."),
+        (errno.EROFS, "cannot be written .Read-only file system."),
+    ],
+)
+def test_system_errors(tmp_path, number, message):
+    out = tmp_path / "out"
+    with pytest.raises(ArtifactError, match=f"out={out}: {message}") as caught:
+        with artifacts.building(out, "stage", Config(out), {}):
+            raise OSError(number, os.strerror(number))
+    assert "\n" not in str(caught.value) and not out.exists()
+    if number in (errno.ENOSPC, errno.EDQUOT):
+        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="odd"):
+        with artifacts.building(out, "stage", Config(out), {}):
+            raise OSError(errno.EIO, "odd")
+
+
+def test_changes_are_noticed(tmp_path):
+    out = tmp_path / "out"
+    make(out)
+    path = out / "sub" / "weights"
+    path.write_text("TENSOR")
+    artifacts.verify(out)  # sizes only
+    with pytest.raises(ArtifactError, match="sub/weights: sha256 differs from the manifest"):
+        artifacts.verify(out, hashes=True)
+    with pytest.raises(ArtifactError, match="sha256 differs"):
+        make(tmp_path / "child", parents={"model": out})
+    assert not (tmp_path / ".child.partial").exists()
+    path.write_text("longer than before")
+    with pytest.raises(ArtifactError, match="sub/weights: 18 bytes, the manifest says 6"):
+        finished(out)
+    path.unlink()
+    with pytest.raises(ArtifactError, match="sub/weights: listed in manifest.json but missing"):
+        finished(out)
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(ArtifactError, match="manifest.json: not valid JSON; the result was damaged"):
+        finished(out)
+
+
+def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    artifacts.write_text(path, "first")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        artifacts.write_text(path, "second")
+    assert path.read_text() == "first"
