@@ -139,8 +139,9 @@ class RouterConfig:
     """Added to the mean square in its norms."""
 
     def __post_init__(self):
+        require(self.heads >= 1, f"router heads={self.heads} must be at least 1")
         require(
-            self.width % (2 * self.heads) == 0,
+            self.width >= 1 and self.width % (2 * self.heads) == 0,
             f"router width={self.width} must be a multiple of 2 * heads={2 * self.heads}",
         )
         require(self.layers >= 1, f"router layers={self.layers} must be at least 1")
@@ -213,7 +214,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a number, got {value!r}") from None
         if hint is float:
             return number
-        require(number == int(number), f"{where}: expected a whole number, got {value!r}")
+        require(number.is_integer(), f"{where}: expected a whole number, got {value!r}")
         return int(number)
     require(isinstance(value, hint), f"{where}: expected {hint.__name__}, got {value!r}")
     return value

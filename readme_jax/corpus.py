@@ -24,20 +24,21 @@ WINDOW = {"files": 64_000_000, "fallback": 64_000_000, "hub": 4_000_000}  # char
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DomainConfig:
-    """Where one domain's text comes from.
-
-    source: `files` (path: a .json, .jsonl, .parquet, .txt or .md file, a folder of them, or a glob; a .txt or .md file
-    is one document), `hub` (path: a `datasets` name, streamed; `name`: its configuration) or `fallback` (path: a
-    domain of sources.fetch_domains, by default the domain's own name). `split` names the hub corpus's own split;
-    train/valid/test are made here, by document hash. `field` holds the text. `weight` is the share in training.
-    """
+    """Where one domain's text comes from. Train, valid and test are made here, by document hash."""
 
     source: Literal["fallback", "hub", "files"]
+    """`files` on this machine, a `hub` data set (streamed), or the `fallback` text of packages."""
     path: str = ""
+    """files: a .json, .jsonl, .parquet, .txt or .md file (.txt and .md are one document), a folder of them, or a glob;
+    hub: a `datasets` name; fallback: a domain of the quickstart, by default the one of this name."""
     name: str | None = None
+    """Configuration of the hub data set."""
     split: str = "train"
+    """Split of the hub data set that is read."""
     field: str = "text"
+    """Column that holds the text."""
     weight: float = 1.0
+    """Share of the domain in training; shares need not sum to 1."""
 
     def __post_init__(self):
         require(self.source in WINDOW, f"source={self.source!r} is not one of {', '.join(sorted(WINDOW))}")
