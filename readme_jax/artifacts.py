@@ -131,10 +131,15 @@ def _difference(manifest: dict, stage: str, config: Any, parents: dict[str, Path
 
 @dataclasses.dataclass
 class Work:
-    """A result under construction. `path` is where files go; `info` ends up in the manifest."""
+    """A result under construction. `path` is where files go; `info` ends up in the manifest.
+
+    `scratch` names files and folders of `path` that only the work itself needs: they are no part of the result, and
+    are removed once it is whole, so that a kill while it is being finished loses nothing.
+    """
 
     path: Path
     info: dict[str, Any]
+    scratch: list[str] = dataclasses.field(default_factory=list)
 
 
 @contextlib.contextmanager
@@ -163,11 +168,12 @@ def building(
         work = Work(partial, {})
         yield work
         save_yaml(config if resolved is None else resolved, partial / "config.yaml")
-        mark.unlink()
+        scratch = [mark.name, *work.scratch]
+        found = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
         files = {
-            str(p.relative_to(partial)): {"bytes": p.stat().st_size, "sha256": sha256(p)}
-            for p in sorted(partial.rglob("*"))
-            if p.is_file() and p.name != MANIFEST
+            name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
+            for name, p in found.items()
+            if p.name != MANIFEST and Path(name).parts[0] not in scratch
         }
         manifest = {
             "stage": stage,
@@ -182,6 +188,9 @@ def building(
         if folder.exists():
             folder.rmdir()
         os.rename(partial, folder)
+        for name in scratch:
+            path = folder / name
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     except (ConfigError, SourceError, CheckpointError, DataError, ArtifactError):
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)

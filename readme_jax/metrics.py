@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from readme_jax import artifacts
 from readme_jax.config import ConfigError, ReadMeError
 
 
@@ -30,7 +31,7 @@ class Metrics:
                     continue
                 if entry["step"] < resume_at:
                     kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
+        artifacts.write_text(path, "".join(line + "\n" for line in kept))
         self._file = open(path, "a", buffering=1)
         self._board = None
         if tensorboard is not None:

@@ -7,7 +7,6 @@ at any moment, the same command goes on from the last checkpoint, bit for bit.
 """
 
 import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -152,8 +151,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         if due:
             _log(metrics, bars, pending)
             pending = None
-            if tick < config.total:
-                checkpoints.save(tick, phases)
+            checkpoints.save(tick, phases)
             last_save = Stopwatch()
         bars[name].update(tokens[name])
         spent[name] += start.seconds - began
@@ -191,9 +189,7 @@ def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_
     hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype="float32")
     artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
     hf.copy_side_files(config.model, work.path)
-    shutil.rmtree(work.path / "checkpoints", ignore_errors=True)
-    for name in ("labels.npy", "labels.json"):
-        (work.path / name).unlink(missing_ok=True)
+    work.scratch += ["checkpoints", "labels.npy", "labels.json"]
 
 
 if __name__ == "__main__":

@@ -53,7 +53,9 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")
         params, table_LEC, router_params = hf.load_params(config.model, dtype=np.float32)
         if config.router is not None:
-            _, _, router_params = hf.load_params(config.router, dtype=np.float32)
+            _, other_LEC, router_params = hf.load_params(config.router, dtype=np.float32)
+            alike = other_LEC is not None and table_LEC is not None and np.array_equal(other_LEC, table_LEC)
+            require(alike, f"router={config.router}: its expert table differs from that of {config.model}")
         params = backbone.place(cfg, params)
         table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
         route = None

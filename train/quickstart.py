@@ -46,7 +46,8 @@ def main(argv: list[str] | None = None) -> None:
     run.stage("calibrate", lambda: run.program(calibrate, model=f["dense"], data=f["data"], out=f["statistics"], **one))
     if plan is None:
         rate = artifacts.read_manifest(f["statistics"])["info"]["tokens_per_s"]
-        plan = quickstart.make_plan(config, sizes, run.watch.seconds, rate)
+        # a calibration that was killed near its end has seen too few tokens to time: then a slow machine is assumed
+        plan = quickstart.make_plan(config, sizes, run.watch.seconds, max(rate, 50.0))
         artifacts.write_text(plan_path, json.dumps(vars(plan)))
     cut = {"model": f["dense"], "statistics": f["statistics"], "fraction": config.fraction, "importance": "energy"}
     run.stage("carve", lambda: run.program(carve, **cut, out=f["carved"]))
@@ -114,8 +115,13 @@ def show(f: dict[str, Path], path: Path) -> dict:
 
 
 def check(f: dict[str, Path], path: Path, text: str) -> dict:
-    """Export, and compare with PyTorch; kept in `path`."""
-    export.export(f["tuned"], f["exported"])
+    """Export with the measured figures on its card, and compare with PyTorch; kept in `path`."""
+    measured = {name: f[f"evaluate_{name}"] / "evaluation.json" for name in ("static", "static_tuned", "routed_tuned")}
+    losses = {name: json.loads(path.read_text())["mean_loss"]["routed"] for name, path in measured.items()}
+    dense = json.loads((f["evaluate_untuned"] / "evaluation.json").read_text())["mean_loss"]["dense"]
+    rows = {"dense": dense, **losses}
+    card = {"figures": {"Held-out loss, nats per token, mean over domains": {k: round(v, 4) for k, v in rows.items()}}}
+    export.export(f["tuned"], f["exported"], card=card)
     result = export.check(f["tuned"], f["exported"], text)
     artifacts.write_text(path, json.dumps(result))
     return result
