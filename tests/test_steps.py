@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from oracles_core import packed, random_params, random_table
+from oracles_core import head_loss, packed, random_params, random_table
 
 from readme_jax import optim, steps
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.losses import PAPER_LABELS, HeadLoss
 from readme_jax.models import backbone, router
-from readme_jax.models.experts import make_table
+from readme_jax.models.experts import Masked, make_table
 from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 
 E, T = 4, 24
@@ -129,8 +129,20 @@ def test_expert_accumulation_is_one_big_batch_and_grouped_is_masked(mesh, cfg, h
     assert all(jax.tree.leaves(moved)) or not moved["layers"].pop("b_k"), (
         "every parameter has a gradient (b_k has none)"
     )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def hidden(params, routed):
+        route = Masked(host["expert"]) if routed else None
+        return backbone.forward(cfg, params, host["ids"], host["segments"], table=table, route=route)[0]
+
+    student = backbone.place(cfg, host["params"])
+    x_BTD, teacher_BTD = np.asarray(hidden(student, True)), np.asarray(hidden(teacher, False))
+    same = (host["segments"][:, :-1] == host["segments"][:, 1:]) & (host["segments"][:, :-1] > 0)
+    arrays = (x_BTD[:, :-1][same], host["teacher"]["embedding"], teacher_BTD[:, :-1][same], host["ids"][:, 1:][same])
+    total, kl, ce = head_loss(host["params"]["embedding"], *arrays, np.ones(same.sum()), HEAD.kd, HEAD.ce)
     means = results[0][1]
-    assert float(means["loss"]) == pytest.approx(0.8 * float(means["kl"]) + 0.3 * float(means["ce"]), rel=1e-5)
+    for name, expected in (("loss", total), ("kl", kl), ("ce", ce)):
+        assert float(means[name]) == pytest.approx(expected / same.sum(), rel=1e-5), name
 
 
 def test_expert_phase_tunes_the_ffn_only_compiles_once_and_learns(mesh, cfg, host):
