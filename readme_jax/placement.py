@@ -42,23 +42,40 @@ def load_sharded(
     reader = Reader(folder)
     check(reader, cfg, experts, router)
     tree: Params = {}
-    for entry in table(cfg, experts, router):
-        if entry.path == ("experts",):
-            continue
-        partition = _leaf(specs | {"router": router_specs}, entry.path) or REPLICATED
-        seen = None if entry.path[0] == "router" else _leaf(shapes, entry.path)
+    for entry in table(cfg):
+        seen = _leaf(shapes, entry.path)
         shape = entry.shape if seen is None else seen.shape[1 if entry.count else 0 :]
-        set_leaf(tree, entry.path, _place(reader, entry, shape, partition, stored_dtype(reader, entry, dtype)))
-    experts_LEC = None if experts is None else np.array(reader.get("readme.experts"))
-    return tree, experts_LEC, tree.pop("router", None)
+        kind = stored_dtype(reader, entry, dtype)
+        set_leaf(tree, entry.path, _place(reader, entry, shape, _leaf(specs, entry.path), kind))
+    return tree, *_moe(reader, table(cfg, experts, router), router_specs, dtype)
+
+
+def load_router(
+    folder: str | Path, *, specs: Params | None = None, dtype: Any = None
+) -> tuple[np.ndarray | None, Params | None]:
+    """The last two of `load_sharded` without the backbone: (experts_LEC on the host, router placed by `specs`)."""
+    cfg, experts, router = read_config(folder)
+    reader = Reader(folder)
+    check(reader, cfg, experts, router)
+    return _moe(reader, table(cfg, experts, router), specs, dtype)
+
+
+def _moe(
+    reader: Reader, entries: list[Entry], specs: Params | None, dtype: Any
+) -> tuple[np.ndarray | None, Params | None]:
+    experts_LEC, tree = None, {}
+    for entry in entries:
+        if entry.path == ("experts",):
+            experts_LEC = np.array(reader.get(entry.hf))
+        elif entry.path[0] == "router":
+            partition = REPLICATED if specs is None else _leaf(specs, entry.path[1:])
+            placed = _place(reader, entry, entry.shape, partition, stored_dtype(reader, entry, dtype))
+            set_leaf(tree, entry.path[1:], placed)
+    return experts_LEC, tree or None
 
 
 def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        if tree is None:
-            return None
-        tree = tree[key]
-    return tree
+    return None if tree is None else functools.reduce(lambda branch, key: branch[key], path, tree)
 
 
 def _place(reader: Reader, entry: Entry, shape: tuple[int, ...], partition: P, dtype: np.dtype) -> jax.Array:
