@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records, rows_of
+from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
@@ -106,7 +106,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         with progress(len(ids_N) * batches["router"].seq, "label", initial=cache.done * batches["router"].seq) as bar:
 
             def labels_of(index_B: np.ndarray) -> np.ndarray:
-                rows = rows_of(batches["router"], index_B)
+                rows = batches["router"].take(index_B)
                 bar.update(rows["ids"].size)
                 ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
                 return np.asarray(label(teacher, table, ids, segments))
