@@ -140,7 +140,7 @@ class AlternateConfig:
 
 def needed_records(batches: Batches, steps: int) -> np.ndarray:
     """Sorted ids of all records that the first `steps` batches hold."""
-    seen = [batches[step]["index"].ravel() for step in range(steps)]
+    seen = [batches.index(step).ravel() for step in range(steps)]
     return np.unique(np.concatenate(seen)) if seen else np.zeros(0, np.int32)
 
 
@@ -190,13 +190,3 @@ def first_records(records: dict[str, Records], count: int) -> dict[str, Records]
     """The first records of every domain, `count` in all (rounded up to a whole number a domain); 0: all of them."""
     each = -(-count // len(records))
     return {name: Records(r.ids[:each], r.segments[:each]) if count else r for name, r in records.items()}
-
-
-def rows_of(batches: Batches, index_B: np.ndarray) -> dict[str, np.ndarray]:
-    """ids and segments int32 [B, T] of record ids."""
-    at_B = np.searchsorted(batches.offsets, index_B, side="right") - 1
-    picked = [(batches.records[at], int(i - batches.offsets[at])) for at, i in zip(at_B, index_B)]
-    return {
-        "ids": np.stack([records.ids[row] for records, row in picked]),
-        "segments": np.stack([records.segments[row] for records, row in picked]),
-    }

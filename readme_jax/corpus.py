@@ -4,19 +4,20 @@ The split is decided by the hash of the text, never by its place in the source, 
 a document and a rerun of any stage sees the same division.
 """
 
+import contextlib
 import dataclasses
 import glob
 import hashlib
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 from readme_jax.config import DataError, SourceError, require
 
-SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".md")
+SUFFIXES = (".jsonl", ".json", ".parquet", ".arrow", ".txt", ".md")
 MANY = 100  # documents: from here on whole documents are split, below it pieces (5 % of fewer may well be none)
 PIECE = 4096  # characters of a piece where pieces are split; fixed, so that the split is the same for every run
 WINDOW = {"files": 64_000_000, "fallback": 64_000_000, "hub": 4_000_000}  # characters ordered by hash at a time
@@ -29,8 +30,9 @@ class DomainConfig:
     source: Literal["fallback", "hub", "files"]
     """`files` on this machine, a `hub` data set (streamed), or the `fallback` text of packages."""
     path: str = ""
-    """files: a .json, .jsonl, .parquet, .txt or .md file (.txt and .md are one document), a folder of them, or a glob;
-    hub: a `datasets` name; fallback: a domain of the quickstart, by default the one of this name."""
+    """files: a .json, .jsonl, .parquet, .arrow, .txt or .md file (.txt and .md are one document), a folder of them, a
+    glob, or a folder of `Dataset.save_to_disk`; hub: a `datasets` name, streamed; fallback: a domain of the quickstart,
+    by default the one of this name."""
     name: str | None = None
     """Configuration of the hub data set."""
     split: str = "train"
@@ -59,24 +61,53 @@ def documents(
     source, so a corpus below that size gives the same sequence in any order of its documents.
     Raises SourceError or DataError, naming the domain.
     """
+    for texts, _ in windows(domain_name, domain, split, piece=piece):
+        yield from texts
+
+
+def windows(
+    domain_name: str,
+    domain: DomainConfig,
+    split: Literal["train", "valid", "test"],
+    *,
+    piece: int = PIECE,
+    after: dict[str, Any] | None = None,
+) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """`documents`, one WINDOW of the source at a time, each with the place in the source where the next one begins.
+
+    after: such a place (plain JSON): the windows that follow it. What lies before is skipped without being split,
+    put in order or, where the source can seek (streams of `datasets`), read. Memory: one window.
+    """
     require(split in ("train", "valid", "test"), f"split={split!r} is not one of train, valid, test")
-    texts = (text for text in _texts(domain_name, domain) if text.strip())
-    head = list(itertools.islice(texts, MANY))
-    few = len(head) < MANY
-    units = (part for text in head for part in cut(text, PIECE)) if few else itertools.chain(head, texts)
-    yield from _by_hash(units, split, WINDOW[domain.source], piece)
+    after = after or {"few": None, "rows": 0, "windows": 0}
+    source = _Source(domain_name, domain, after)
+    units: Iterator[tuple[int, str]] = iter(source)
+    few, number = after["few"], 0
+    if few is not False:  # where is not known, or all of it is read again: it is small
+        head = list(itertools.islice(units, MANY))
+        few = len(head) < MANY
+        units = (
+            ((rows, part) for rows, text in head for part in cut(text, PIECE))
+            if few
+            else iter(itertools.chain(head, units))
+        )
+    pending, read, rows = [], 0, 0
 
+    def window(rows: int) -> Iterator[tuple[list[str], dict[str, Any]]]:
+        if not few or number > after["windows"]:
+            place = {"few": few, "rows": rows, "windows": number}
+            yield [part for _, part in sorted(pending)], place | source.state(rows)
 
-def _by_hash(units: Iterable[str], split: str, window: int, piece: int) -> Iterator[str]:
-    pending, read = [], 0
-    for text in units:
+    for rows, text in units:
         if _split_of(text) == split:
             pending += [(_digest(part), part) for part in cut(text, piece)]
         read += len(text)
-        if read >= window:
-            yield from (part for _, part in sorted(pending))
+        if read >= WINDOW[domain.source]:
+            number += 1
+            yield from window(rows)
             pending, read = [], 0
-    yield from (part for _, part in sorted(pending))
+    number += 1
+    yield from window(rows if few else source.rows)
 
 
 def _digest(text: str) -> bytes:
@@ -108,20 +139,45 @@ def cut(text: str, size: int) -> list[str]:
     return [*pieces, text[start:]]
 
 
-def _texts(domain_name: str, domain: DomainConfig) -> Iterator[str]:
-    rows = _hub_rows(domain_name, domain) if domain.source == "hub" else _file_rows(domain_name, domain)
-    for place, row in rows:
-        require(
-            isinstance(row, dict) and domain.field in row,
-            f"domain {domain_name}: {place}: field {domain.field!r} is missing"
-            + (f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""),
-            DataError,
-        )
-        text = row[domain.field]
-        if text is not None:
-            message = f"domain {domain_name}: {place}: field {domain.field!r} is {type(text).__name__}, not text"
-            require(isinstance(text, str), message, DataError)
-            yield text
+class _Source:
+    """Texts that are not blank, each with the number of rows read so far; begins after the rows of a place."""
+
+    def __init__(self, domain_name: str, domain: DomainConfig, after: dict[str, Any]):
+        self.name, self.domain, self.rows, self.skip = domain_name, domain, 0, after["rows"] * (not after["few"])
+        self.stream = None
+        if domain.source == "hub":
+            self.stream = _hub_stream(domain_name, domain)
+            if "stream" in after:
+                self.stream.load_state_dict(after["stream"])
+                self.rows = self.skip
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        found = _file_rows(self.name, self.domain) if self.stream is None else _hub_rows(self)
+        for place, row in found:
+            self.rows += 1
+            if self.rows > self.skip:
+                text = _text(f"domain {self.name}: {place}", row, self.domain.field)
+                if text.strip():
+                    yield self.rows, text
+
+    def state(self, rows: int) -> dict[str, Any]:
+        """Where a stream goes on after `rows`; nothing for files, or when rows beyond have been read already."""
+        can = self.rows == rows and hasattr(self.stream, "state_dict")
+        return {"stream": self.stream.state_dict()} if can else {}
+
+
+def _text(where: str, row: Any, field: str) -> str:
+    if isinstance(row, str):
+        try:
+            row = json.loads(row)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: not JSON: {error.msg}") from None
+    has = f"; it has {', '.join(map(str, row))}" if isinstance(row, dict) else ""
+    require(isinstance(row, dict) and field in row, f"{where}: field {field!r} is missing{has}", DataError)
+    text = row[field]
+    message = f"{where}: field {field!r} is {type(text).__name__}, not text"
+    require(text is None or isinstance(text, str), message, DataError)
+    return text or ""
 
 
 def source_files(domain_name: str, domain: DomainConfig) -> list[Path]:
@@ -136,7 +192,11 @@ def source_files(domain_name: str, domain: DomainConfig) -> list[Path]:
         require(key in found, f"domain {domain_name}: no fallback domain {key!r}", SourceError)
         return [found[key]]
     root = Path(domain.path).expanduser()
-    if root.is_dir():
+    several = (root / "dataset_dict.json").is_file()
+    require(not several, f"domain {domain_name}: path={domain.path} holds several splits; name one of its folders")
+    if (root / "state.json").is_file() and (root / "dataset_info.json").is_file():
+        files = _saved_files(domain_name, root)
+    elif root.is_dir():
         files = [p for p in root.rglob("*") if p.is_file() and p.suffix in SUFFIXES]
     else:
         files = [p for p in map(Path, glob.glob(str(root), recursive=True)) if p.is_file()]
@@ -149,22 +209,33 @@ def source_files(domain_name: str, domain: DomainConfig) -> list[Path]:
     return sorted(files)
 
 
+def _saved_files(domain_name: str, root: Path) -> list[Path]:
+    """The arrow files of a folder that `Dataset.save_to_disk` wrote, in their order."""
+    try:
+        files = [root / entry["filename"] for entry in json.loads((root / "state.json").read_text())["_data_files"]]
+    except (ValueError, KeyError, TypeError):
+        raise DataError(f"domain {domain_name}: {root / 'state.json'}: not of a saved data set") from None
+    for path in files:
+        require(path.is_file(), f"domain {domain_name}: {path}: listed in state.json but missing", SourceError)
+    return files
+
+
 def _file_rows(domain_name: str, domain: DomainConfig) -> Iterator[tuple[str, Any]]:
+    """(place, row) of every row; a line of JSON comes as text, so that skipped ones are not parsed."""
     for path in source_files(domain_name, domain):
         place = str(path)
         try:
-            if path.suffix == ".parquet":
-                yield from ((place, row) for row in _parquet_rows(domain_name, path, domain.field))
+            if path.suffix in (".parquet", ".arrow"):
+                yield from ((place, row) for row in _table_rows(domain_name, path, domain.field))
             elif path.suffix in (".txt", ".md"):
                 yield place, {domain.field: path.read_text("utf-8")}
-            elif path.suffix == ".json" and (whole := _whole_json(path)) is not None:
+            elif path.suffix == ".json" and not _is_lines(path):
+                data = json.loads(path.read_text("utf-8"))
+                whole = data if isinstance(data, list) else [data]
                 yield from ((f"{place} item {i}", row) for i, row in enumerate(whole))
             else:
                 with open(path, encoding="utf-8") as file:
-                    for number, line in enumerate(file, 1):
-                        if line.strip():
-                            place = f"{path} line {number}"
-                            yield place, json.loads(line)
+                    yield from ((f"{path} line {i}", line) for i, line in enumerate(file, 1) if line.strip())
         except json.JSONDecodeError as error:
             raise DataError(f"domain {domain_name}: {place}: not JSON: {error.msg}") from None
         except UnicodeDecodeError:
@@ -173,43 +244,61 @@ def _file_rows(domain_name: str, domain: DomainConfig) -> Iterator[tuple[str, An
             raise SourceError(f"domain {domain_name}: {path}: cannot be read: {error.strerror or error}") from None
 
 
-def _whole_json(path: Path) -> list | None:
-    """The list (or the one object) a .json file holds; None when it holds one object a line."""
-    try:
-        data = json.loads(path.read_text("utf-8"))
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data":
-            return None
-        raise
-    return data if isinstance(data, list) else [data]
+def _is_lines(path: Path) -> bool:
+    """True when a .json file holds one object a line (it is then read line by line), False for a list or one object."""
+    with open(path, encoding="utf-8") as file:
+        lines = (line for line in file if line.strip())
+        try:
+            return isinstance(json.loads(next(lines, "[]")), dict) and next(lines, None) is not None
+        except json.JSONDecodeError:
+            return False
 
 
-def _parquet_rows(domain_name: str, path: Path, field: str) -> Iterator[dict]:
+def _table_rows(domain_name: str, path: Path, field: str) -> Iterator[dict]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            columns = file.schema_arrow.names
+        with contextlib.ExitStack() as stack:
+            if path.suffix == ".parquet":
+                file = stack.enter_context(pyarrow.parquet.ParquetFile(path))
+                columns = file.schema_arrow.names
+                batches = file.iter_batches(batch_size=1024, columns=[field] if field in columns else [])
+            else:
+                mapped = stack.enter_context(pyarrow.memory_map(str(path)))
+                batches = stack.enter_context(pyarrow.ipc.open_stream(mapped))
+                columns = batches.schema.names
             if field not in columns:
                 yield dict.fromkeys(columns)
                 return
-            for rows in file.iter_batches(batch_size=1024, columns=[field]):
-                yield from rows.to_pylist()
+            for rows in batches:
+                yield from rows.select([field]).to_pylist()
     except pyarrow.ArrowException as error:
-        raise DataError(f"domain {domain_name}: {path}: not a readable parquet file: {first_line(error)}") from None
+        kind = path.suffix[1:]
+        raise DataError(f"domain {domain_name}: {path}: not a readable {kind} file: {first_line(error)}") from None
 
 
-def _hub_rows(domain_name: str, domain: DomainConfig) -> Iterator[tuple[str, Any]]:
+def _hub_place(domain: DomainConfig) -> str:
+    return f"hub data set {domain.path} ({domain.name + ', ' if domain.name else ''}{domain.split})"
+
+
+def _hub_stream(domain_name: str, domain: DomainConfig) -> Any:
     import datasets
 
-    place = f"hub data set {domain.path} ({domain.name + ', ' if domain.name else ''}{domain.split})"
     try:
-        rows = datasets.load_dataset(domain.path, domain.name, split=domain.split, streaming=True)
-        for row in rows:
-            yield place, row
+        return datasets.load_dataset(domain.path, domain.name, split=domain.split, streaming=True)
     except Exception as error:  # network, authentication and format errors share no base class there
-        raise SourceError(f"domain {domain_name}: {place} cannot be read: {first_line(error)}") from None
+        message = f"domain {domain_name}: {_hub_place(domain)} cannot be read: {first_line(error)}"
+        raise SourceError(message) from None
+
+
+def _hub_rows(source: _Source) -> Iterator[tuple[str, Any]]:
+    place = _hub_place(source.domain)
+    try:
+        for row in source.stream:
+            yield place, row
+    except Exception as error:
+        raise SourceError(f"domain {source.name}: {place} cannot be read: {first_line(error)}") from None
 
 
 def first_line(error: Exception) -> str:

@@ -1,34 +1,47 @@
 """Text by domain -> tokenised, packed records -> batch(step).
 
-In: a `DataConfig` and a fast tokenizer. Out: an artifact with `<domain>.<split>.ids.npy` and `.segments.npy` (int32
-[records, seq]), opened as memory maps, and `Batches`, a pure function of the step number. Splits on disk are `train`,
+In: a `DataConfig` and a fast tokenizer. Out: an artifact with `<domain>.<split>.ids.npy` and `.segments.npy`
+([records, seq]), opened as memory maps, and `Batches`, a pure function of the step number. Splits on disk are `train`,
 `calibration` (the first records of the same train text) and `test`.
 """
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import math
-import os
+import mmap
 import re
-import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
 from readme_jax import artifacts
 from readme_jax.config import ArtifactError, CheckpointError, DataError, SourceError, require
-from readme_jax.corpus import DomainConfig, documents, first_line, source_files
+from readme_jax.corpus import DomainConfig, documents, first_line, source_files, windows
+from readme_jax.packing import KINDS, Records, copy_first, fill, forget_mark, pack, record_paths
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-TOKENISE = 1 << 18  # characters handed to the tokenizer at once
+__all__ = [
+    "Batches",
+    "DataConfig",
+    "DomainConfig",
+    "Records",
+    "documents",
+    "eval_batches",
+    "load_tokenizer",
+    "open_records",
+    "pack",
+    "prepare",
+]
+
+FORGET = 1 << 27  # bytes of records read at random that stay mapped, and count as this process's memory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,88 +103,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-# ---- packed records ---------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Records:
-    """Packed text of one domain and split: int32 ids_NT and segments_NT (0 = padding), memory-mapped when opened."""
-
-    ids: np.ndarray
-    segments: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-
-def pack(
-    docs: Iterable[str],
-    tokenizer: "PreTrainedTokenizerFast",
-    seq: int,
-    tokens: int,
-    *,
-    where: str = "text",
-    vocab: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Tokenise documents, one after the other, into ceil(tokens / seq) records: int32 ids_NT and segments_NT.
-
-    A document is followed by the end-of-text token, or preceded by the begin token where the tokenizer itself adds
-    one. Segment ids count 1, 2, ... anew in each record; a document that runs over a record's end goes on in the next
-    as a new segment. Text beyond `tokens` fills the last record; only where there is none is it padded (segment 0).
-    DataError, beginning with `where`, when there is no text, fewer tokens than asked, or a token id >= vocab.
-    """
-    require(tokens >= 1, f"{where}: tokens={tokens} must be at least 1")
-    opening, closing = _document_marks(tokenizer)
-    count = math.ceil(tokens / seq)
-    size = count * seq
-    ids_M, segments_M = np.zeros(size, np.int32), np.full(size, -1, np.int32)
-    filled, document = 0, 0
-    with _bar(size, where) as bar:
-        for texts in _groups(docs):
-            rows = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            for row in rows:
-                row = np.asarray([*opening, *row, *closing][: size - filled], np.int64)
-                if not row.size:
-                    continue
-                if vocab is not None and row.max() >= vocab:
-                    raise DataError(f"{where}: token id {row.max()} does not fit the model's vocab={vocab}")
-                ids_M[filled : filled + len(row)] = row
-                segments_M[filled : filled + len(row)] = document
-                filled, document = filled + len(row), document + 1
-                bar.update(len(row))
-            if filled == size:
-                break
-    require(document > 0, f"{where}: no text, {tokens} tokens asked", DataError)
-    require(filled >= tokens, f"{where}: {filled} tokens, {tokens} asked", DataError)
-    segments_NT = segments_M.reshape(count, seq)
-    segments_NT -= segments_NT[:, :1] - 1
-    segments_M[filled:] = 0
-    return ids_M.reshape(count, seq), segments_NT
-
-
-def _document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
-    # What a tokenizer adds to empty text is its own habit, whichever of its files says so.
-    if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
-        return [tokenizer.bos_token_id], []
-    return [], [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-
-
-def _groups(docs: Iterable[str]) -> Iterator[list[str]]:
-    texts, size = [], 0
-    for text in docs:
-        texts.append(text)
-        size += len(text)
-        if size >= TOKENISE:
-            yield texts
-            texts, size = [], 0
-    if texts:
-        yield texts
-
-
-def _bar(tokens: int, where: str) -> tqdm:
-    return tqdm(total=tokens, desc=where, unit="tok", unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30.0)
-
-
 # ---- the artifact -----------------------------------------------------------------------------
 
 
@@ -226,34 +157,34 @@ def _inputs(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", vocab: int
 def _prepare_domain(
     folder: Path, name: str, config: DataConfig, tokenizer: "PreTrainedTokenizerFast", vocab: int
 ) -> dict[str, dict[str, int]]:
-    done = folder / f"{name}.info.json"
-    if done.is_file():
-        return json.loads(done.read_text())
-    info = {}
+    done, info = folder / f"{name}.info.json", {}
+    domain, seq = config.domains[name], config.seq
     plan: tuple[tuple[Literal["train", "test"], tuple[str, ...]], ...]
     plan = (("train", ("train", "calibration")), ("test", ("test",)))
+    streamed = []
     for split, kept in plan:
         asked = {which: config.tokens[which] for which in kept if config.tokens[which]}
         if not asked:
             continue
-        docs = documents(name, config.domains[name], split, piece=8 * config.seq)
+        widest = max(asked, key=lambda which: asked[which])
+        paths = record_paths(folder, name, widest)
+        streamed.append(paths)
+        if done.is_file():
+            continue
+        source = functools.partial(windows, name, domain, split, piece=8 * seq)
         where = f"domain {name} ({split})"
-        ids_NT, segments_NT = pack(docs, tokenizer, config.seq, max(asked.values()), where=where, vocab=vocab)
-        for which, tokens in asked.items():
-            count = math.ceil(tokens / config.seq)
-            _save(folder / f"{name}.{which}.ids.npy", ids_NT[:count])
-            _save(folder / f"{name}.{which}.segments.npy", segments_NT[:count])
-            info[which] = {"records": count, "tokens": int(np.count_nonzero(segments_NT[:count]))}
-    artifacts.write_text(done, json.dumps(info))
-    return info
-
-
-def _save(path: Path, array: np.ndarray) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)  # np.save loses the error number of a full disk
-    os.replace(temporary, path)
+        tokens = fill(lambda after, w=source: w(after=after), tokenizer, paths, seq, asked[widest], vocab, where=where)
+        for which in asked:
+            count = math.ceil(asked[which] / seq)
+            if which != widest:
+                for source_path, path in zip(paths, record_paths(folder, name, which)):
+                    copy_first(source_path, path, count)
+            info[which] = {"records": count, "tokens": min(tokens, count * seq)}
+    if not done.is_file():
+        artifacts.write_text(done, json.dumps(info))
+    for paths in streamed:
+        forget_mark(paths)
+    return json.loads(done.read_text())
 
 
 def open_records(
@@ -275,7 +206,7 @@ def open_records(
     )
     found = {}
     for name in manifest["config"]["domains"]:
-        paths = [folder / f"{name}.{split}.{kind}.npy" for kind in ("ids", "segments")]
+        paths = record_paths(folder, name, split)
         asked = {"train": "train_tokens", "test": "eval_tokens", "calibration": "calibration_tokens"}[split]
         require(paths[0].is_file(), f"{folder}: no {split} records; it was prepared with {asked}=0", DataError)
         found[name] = Records(*(np.load(path, mmap_mode="r") for path in paths))
@@ -292,6 +223,7 @@ class Batches:
     the proportion of `weights`, and accum * batch records make a step. One step is a dict of int32 arrays:
     ids and segments [A, B, T] (A microbatches of B = batch records, segment 0 = padding), domains [A, B] (place of
     the domain in `records`) and index [A, B], a record's number over all domains, to look up what was cached for it.
+    No list of records is held: memory does not depend on how many there are.
     """
 
     def __init__(
@@ -316,9 +248,13 @@ class Batches:
         self.seq = lengths.pop()
         require(seq in (None, self.seq), f"seq={seq}, the records were packed with {self.seq}")
         self.offsets = np.cumsum([0, *(len(r) for r in self.records)])
-        self._steps = self._order(used, seed)
+        require(self.offsets[-1] < 2**31, f"{self.offsets[-1]} records do not fit into int32 numbers", DataError)
+        self._order = self._mix(used, seed)
+        self._mapped = 0  # bytes of pages read since they were last let go
+        for own in self.records:
+            own.advise("MADV_RANDOM")
 
-    def _order(self, weights: dict[str, float], seed: int):
+    def _mix(self, weights: dict[str, float], seed: int):
         import grain
 
         parts = []
@@ -329,25 +265,42 @@ class Batches:
             own = int(np.random.SeedSequence([seed, zlib.crc32(name.encode())]).generate_state(1)[0])
             numbers = grain.MapDataset.range(int(self.offsets[at]), int(self.offsets[at + 1]))
             parts.append(numbers.shuffle(seed=own).repeat())
-        return grain.MapDataset.mix(parts, list(weights.values())).batch(math.prod(self.shape))
+        return grain.MapDataset.mix(parts, list(weights.values()))
 
     def __getitem__(self, step: int) -> dict[str, np.ndarray]:
-        if step < 0:
-            raise IndexError(f"step={step} must be 0 or more")
-        index_M = np.asarray(self._steps[int(step)])
-        domain_M = np.searchsorted(self.offsets, index_M, side="right") - 1
-        ids_MT, segments_MT = (np.zeros((len(index_M), self.seq), np.int32) for _ in range(2))
-        for at in np.unique(domain_M):
-            here_M = domain_M == at
-            rows = index_M[here_M] - self.offsets[at]
-            ids_MT[here_M] = self.records[at].ids[rows]
-            segments_MT[here_M] = self.records[at].segments[rows]
-        return {
-            "ids": ids_MT.reshape(*self.shape, self.seq),
-            "segments": segments_MT.reshape(*self.shape, self.seq),
-            "domains": domain_M.astype(np.int32).reshape(self.shape),
-            "index": index_M.astype(np.int32).reshape(self.shape),
-        }
+        return self.rows(step, 0, self.shape[1])
+
+    def rows(self, step: int, start: int, stop: int) -> dict[str, np.ndarray]:
+        """Rows start .. stop - 1 of every microbatch of a step, as `batches[step]` has them; no other row is read."""
+        index_AB = self.index(step, start, stop)
+        domains_AB = np.searchsorted(self.offsets, index_AB, side="right") - 1
+        return self.take(index_AB) | {"domains": domains_AB.astype(np.int32), "index": index_AB}
+
+    def index(self, step: int, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """int32 [A, stop - start]: the numbers of a step's records (stop None: all rows); nothing of them is read."""
+        accum, batch = self.shape
+        stop = batch if stop is None else stop
+        if step < 0 or not 0 <= start < stop <= batch:
+            raise IndexError(f"step={step} must be 0 or more, rows {start} .. {stop} lie in 0 .. {batch}")
+        places_AB = (int(step) * accum + np.arange(accum)[:, None]) * batch + np.arange(start, stop)
+        return np.array([self._order[int(place)] for place in places_AB.flat], np.int32).reshape(places_AB.shape)
+
+    def take(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """ids and segments, int32 [..., T], of records by their number over all domains, int [...]."""
+        index_M = np.asarray(index).reshape(-1)
+        at_M = np.searchsorted(self.offsets, index_M, side="right") - 1
+        ids_MT, segments_MT = (np.zeros((len(index_M), self.seq), np.int32) for _ in KINDS)
+        for at in np.unique(at_M):
+            here_M = at_M == at
+            ids_MT[here_M], segments_MT[here_M] = self.records[at].take(index_M[here_M] - self.offsets[at])
+        own = self.records[0]
+        self._mapped += len(index_M) * sum(a.itemsize * self.seq + mmap.PAGESIZE for a in (own.ids, own.segments))
+        if self._mapped > FORGET:
+            for own in self.records:
+                own.advise("MADV_DONTNEED")
+            self._mapped = 0
+        shape = (*np.shape(index), self.seq)
+        return {"ids": ids_MT.reshape(shape), "segments": segments_MT.reshape(shape)}
 
 
 def eval_batches(records: Mapping[str, Records], batch: int) -> Iterator[dict[str, np.ndarray]]:
@@ -361,7 +314,7 @@ def eval_batches(records: Mapping[str, Records], batch: int) -> Iterator[dict[st
         for start in range(0, len(own), batch):
             count = min(batch, len(own) - start)
             ids_BT, segments_BT = (np.zeros((batch, own.ids.shape[1]), np.int32) for _ in range(2))
-            ids_BT[:count], segments_BT[:count] = own.ids[start : start + count], own.segments[start : start + count]
+            ids_BT[:count], segments_BT[:count] = own.take(slice(start, start + count))
             index_B = np.full(batch, -1, np.int32)
             index_B[:count] = np.arange(offset + start, offset + start + count)
             domains_B = np.full(batch, at, np.int32)

@@ -30,11 +30,14 @@ __all__ = [
     "init_params",
     "iter_layers",
     "load_params",
+    "outgoing",
     "parse_config",
     "read_config",
     "read_layer",
     "read_top",
     "save_params",
+    "set_leaf",
+    "stored_dtype",
     "table",
     "write_layer",
     "write_moe",
@@ -245,24 +248,30 @@ def load_params(folder: str | Path, *, dtype: Any = None) -> tuple[Params, np.nd
     check(reader, cfg, experts, router)
     tree: Params = {}
     for entry in table(cfg, experts, router):
-        names = entry.names()
-        kinds = {reader.dtype(name): name for name in names}
-        is_float = entry.path != ("experts",)
-        require(
-            len(kinds) == 1 or dtype is not None,
-            f"{reader.folder}: {' and '.join(f'{name} is {kind}' for kind, name in kinds.items())}; "
-            "layers stored in different dtypes need one dtype to load them as",
-            CheckpointError,
-        )
-        target = np.dtype(dtype) if dtype is not None and is_float else next(iter(kinds))
-        array = np.empty(((entry.count,) if entry.count else ()) + entry.shape, target)
-        for i, name in enumerate(names):
+        array = np.empty(((entry.count,) if entry.count else ()) + entry.shape, stored_dtype(reader, entry, dtype))
+        for i, name in enumerate(entry.names()):
             array[i if entry.count else ...] = entry.to_ours(reader.get(name))
-        _put(tree, entry.path, array)
+        set_leaf(tree, entry.path, array)
     return tree, tree.pop("experts", None), tree.pop("router", None)
 
 
-def _put(tree: Params, path: tuple[str, ...], value: np.ndarray) -> None:
+def stored_dtype(reader: Reader, entry: Entry, dtype: Any = None) -> np.dtype:
+    """Dtype that the tensors of a line are loaded as: `dtype` for floats, else the file's own.
+
+    CheckpointError when it is left to the file and the layers differ.
+    """
+    kinds = {reader.dtype(name): name for name in entry.names()}
+    require(
+        len(kinds) == 1 or dtype is not None,
+        f"{reader.folder}: {' and '.join(f'{name} is {kind}' for kind, name in kinds.items())}; "
+        "layers stored in different dtypes need one dtype to load them as",
+        CheckpointError,
+    )
+    return np.dtype(dtype) if dtype is not None and entry.path != ("experts",) else next(iter(kinds))
+
+
+def set_leaf(tree: Params, path: tuple[str, ...], value: Any) -> None:
+    """Set one leaf of a tree of dicts; branches on the way are made."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = value
@@ -285,19 +294,45 @@ def write_layer(writer: Writer, cfg: ModelConfig, layer: int, arrays: dict[str, 
         writer.add(entry.hf.format(layer=layer), entry.to_hf(np.asarray(arrays[entry.path[-1]])))
 
 
-def write_moe(writer: Writer, experts_LEC: np.ndarray, router: Params | None = None) -> None:
-    """`readme.experts` (stored as int32) and, when given, the router's tensors."""
+def write_moe(writer: Writer, experts_LEC: np.ndarray) -> None:
+    """`readme.experts`, stored as int32."""
     writer.add("readme.experts", np.asarray(experts_LEC, np.int32))
+
+
+def outgoing(
+    cfg: ModelConfig, params: Params, experts: np.ndarray | None = None, router: Params | None = None
+) -> Iterator[tuple[str, Entry, Any, int | None]]:
+    """(tensor name, line of the table, our array, its layer or None) of every tensor, in the order they are written.
+
+    Nothing is read of the arrays but the shapes of the router's. CheckpointError for a parameter missing or unknown.
+    """
+    require(
+        router is None or experts is not None,
+        "a router cannot be written without the table of experts it chooses from",
+        CheckpointError,
+    )
+    top, block = _top_entries(cfg), _layer_entries(cfg)
+    _same_names(set(params), {entry.path[0] for entry in top + block}, "params")
+    _same_names(set(params["layers"]), {entry.path[-1] for entry in block}, "params.layers")
+    for entry in top:
+        yield entry.hf, entry, params[entry.path[-1]], None
+    for layer in range(cfg.layer):
+        for entry in block:
+            yield entry.hf.format(layer=layer), entry, params["layers"][entry.path[-1]], layer
+    if experts is None:
+        return
+    experts = np.asarray(experts, np.int32)
+    yield "readme.experts", Entry("readme.experts", ("experts",), experts.shape, experts.shape), experts, None
     if router is None:
         return
-    E, R = router["head"].shape
-    entries = _router_entries(len(router["embedding"]), R, len(router["layers"]["w_q"]), E)
+    (vocab, R), E, layers = router["embedding"].shape, len(router["head"]), len(router["layers"]["w_q"])
+    entries = _router_entries(vocab, R, layers, E)
     _same_names(set(router), {entry.path[1] for entry in entries}, "router")
     _same_names(set(router["layers"]), {e.path[2] for e in entries if e.count}, "router.layers")
     for entry in entries:
-        array = np.asarray(router["layers"][entry.path[2]] if entry.count else router[entry.path[1]])
+        array = router["layers"][entry.path[2]] if entry.count else router[entry.path[1]]
         for i, name in enumerate(entry.names()):
-            writer.add(name, entry.to_hf(array[i] if entry.count else array))
+            yield name, entry, array, i if entry.count else None
 
 
 def save_params(
@@ -311,17 +346,8 @@ def save_params(
 
     CheckpointError for a parameter that is missing, unknown or misshapen.
     """
-    require(
-        router is None or experts is not None,
-        f"{writer.folder}: a router cannot be written without the table of experts it chooses from",
-        CheckpointError,
-    )
-    _same_names(set(params), {entry.path[0] for entry in table(cfg)}, "params")
-    write_top(writer, cfg, params)
-    for layer in range(cfg.layer):
-        write_layer(writer, cfg, layer, {name: array[layer] for name, array in params["layers"].items()})
-    if experts is not None:
-        write_moe(writer, experts, router)
+    for name, entry, array, layer in outgoing(cfg, params, experts, router):
+        writer.add(name, entry.to_hf(np.asarray(array if layer is None else array[layer])))
 
 
 def _same_names(found: set[str], wanted: set[str], where: str) -> None:
@@ -353,11 +379,11 @@ def init_params(cfg: ModelConfig, seed: int = 0, dtype: Any = np.float32) -> Par
     for entry in table(cfg):
         shape = ((entry.count,) if entry.count else ()) + entry.shape
         if entry.path[-1].endswith("norm"):
-            _put(tree, entry.path, np.ones(shape, dtype))
+            set_leaf(tree, entry.path, np.ones(shape, dtype))
             continue
         rng = np.random.default_rng((seed, zlib.crc32("/".join(entry.path).encode())))
         array = np.empty(shape, dtype)
         for part in array if entry.count else (array,):  # one layer of float32 at a time
             part[...] = 0.02 * rng.standard_normal(entry.shape, np.float32)
-        _put(tree, entry.path, array)
+        set_leaf(tree, entry.path, array)
     return tree

@@ -6,7 +6,8 @@ error while tracing. Model code names logical axes; only this file knows which m
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -98,3 +99,33 @@ def put(value: Any, partition: P = REPLICATED) -> jax.Array:
     # One entry a dimension, as jit returns it: `P()` and `P(None)` are the same place but two entries of jit's cache.
     whole = P(*partition, *(None,) * (np.ndim(value) - len(partition)))
     return jax.device_put(value, jax.NamedSharding(mesh, whole))
+
+
+def put_parts(
+    shape: tuple[int, ...],
+    dtype: Any,
+    read: Callable[[tuple[slice, ...]], np.ndarray],
+    partition: P = REPLICATED,
+    where: str = "array",
+) -> jax.Array:
+    """Place an array that is nowhere whole: read(index) gives the host array of one shard, in `dtype`.
+
+    It is asked once for each distinct index among this process's devices. ConfigError, beginning with `where`, when a
+    dimension does not divide over its mesh axes.
+    """
+    mesh = jax.sharding.get_mesh()
+    whole = P(*partition, *(None,) * (len(shape) - len(partition)))
+    for size, axes in zip(shape, whole):
+        names = (axes,) if isinstance(axes, str) else axes or ()
+        count = math.prod(mesh.shape[name] for name in names)
+        require(size % count == 0, f"{where}: {size} does not divide over mesh {'*'.join(names)}={count}")
+    parts: dict[tuple, np.ndarray] = {}
+
+    def part(index: tuple[slice, ...] | None) -> np.ndarray:
+        index = tuple(slice(*s.indices(n)) for s, n in zip(index or (), shape))
+        key = tuple((s.start, s.stop) for s in index)
+        if key not in parts:
+            parts[key] = read(index)
+        return parts[key]
+
+    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, whole), part, dtype)

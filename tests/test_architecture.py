@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A module may import only what stands before it. A new module needs a place here.
 ORDER = """
     config sharding artifacts metrics checkpoint
-    registry gguf_convert domain_text sources weights hf_config hf corpus data routing
+    registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.experts models.backbone models.router
     statistics calibrate carve losses optim steps evaluate alternate
     generation export report_parts report_page report quickstart api cli

@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from readme_jax import artifacts, corpus, data
+from readme_jax import artifacts, corpus, data, packing
 from readme_jax.config import (
     ArtifactError,
     CheckpointError,
@@ -184,7 +184,12 @@ def test_file_kinds_read_the_same(tmp_path):
     (tmp_path / "txt").mkdir()
     for i, text in enumerate(docs):
         (tmp_path / "txt" / f"{i}.txt").write_text(text)
-    paths = ["list.json", "lines.json", "rows.jsonl", "rows.parquet", "txt", "txt/*.txt", "**/[0-9]*.txt"]
+    import datasets
+
+    datasets.Dataset.from_dict({"id": range(len(docs)), "text": docs}).save_to_disk(tmp_path / "saved", num_shards=3)
+    assert len(list((tmp_path / "saved").glob("*.arrow"))) == 3
+    paths = ["list.json", "lines.json", "rows.jsonl", "rows.parquet", "txt", "txt/*.txt", "**/[0-9]*.txt", "saved"]
+    paths += ["saved/*.arrow"]
     found = [every_split("d", DomainConfig(source="files", path=str(tmp_path / path))) for path in paths]
     assert sorted(sum(found[0].values(), [])) == sorted(docs)
     assert all(other == found[0] for other in found[1:])
@@ -206,6 +211,7 @@ def test_blank_and_null_text_is_left_out(tmp_path):
         ("a.json", b'{"text": "x"', DataError, "a.json: not JSON"),
         ("a.txt", b"\xff\xfe\xfd", DataError, "not UTF-8"),
         ("a.parquet", b"nothing of the kind", DataError, "not a readable parquet file"),
+        ("a.arrow", b"nothing of the kind", DataError, "not a readable arrow file"),
         ("a.csv", b"text\nx\n", ConfigError, "unsupported suffix '.csv'"),
     ],
 )
@@ -224,6 +230,79 @@ def test_parquet_without_the_field(tmp_path):
     pyarrow.parquet.write_table(pyarrow.table({"body": ["x"], "id": [1]}), tmp_path / "a.parquet")
     with pytest.raises(DataError, match="field 'text' is missing; it has body, id"):
         list(documents("law", DomainConfig(source="files", path=str(tmp_path / "a.parquet")), "train"))
+
+
+def test_saved_folders_that_are_none(tmp_path):
+    import datasets
+
+    saved = tmp_path / "saved"
+    datasets.DatasetDict({"train": datasets.Dataset.from_dict({"text": texts(3)})}).save_to_disk(saved)
+
+    def read(path):
+        return list(documents("law", DomainConfig(source="files", path=str(path)), "train"))
+
+    assert read(saved / "train")
+    with pytest.raises(ConfigError, match="domain law: path=.*saved holds several splits; name one of its folders"):
+        read(saved)
+    (saved / "train" / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(SourceError, match="arrow: listed in state.json but missing"):
+        read(saved / "train")
+    (saved / "train" / "state.json").write_text("[]")
+    with pytest.raises(DataError, match="state.json: not of a saved data set"):
+        read(saved / "train")
+
+
+def streamed(tmp_path, monkeypatch, docs):
+    """A hub data set of three files, streamed by `datasets` itself; returns the domain and the rows read of it."""
+    import datasets
+
+    real, files = datasets.load_dataset, []
+    for i in range(3):
+        files.append(str(tmp_path / f"shard{i}.jsonl"))
+        write_jsonl(tmp_path / f"shard{i}.jsonl", docs[i::3])
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda path, name, **options: real("json", data_files=files, **options)
+    )
+    return DomainConfig(source="hub", path="some/set")
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet", "few", "hub"])
+def test_windows_go_on_after_any_place(tmp_path, monkeypatch, kind):
+    import pyarrow
+    import pyarrow.parquet
+
+    docs = ["", *texts(400, words=20), " "]
+    if kind == "hub":
+        domain = streamed(tmp_path, monkeypatch, docs)
+    elif kind == "parquet":
+        pyarrow.parquet.write_table(pyarrow.table({"text": docs}), tmp_path / "a.parquet")
+        domain = DomainConfig(source="files", path=str(tmp_path / "a.parquet"))
+    else:
+        few = ["\n\n".join(texts(300, seed, words=20)) for seed in range(3)]
+        domain = write_jsonl(tmp_path / "a.jsonl", few if kind == "few" else docs)
+    monkeypatch.setitem(corpus.WINDOW, domain.source, 3000)
+    for split in ("train", "test"):
+        whole = list(corpus.windows("d", domain, split))
+        assert len(whole) > 8 and sum((texts for texts, _ in whole), []) == list(documents("d", domain, split))
+        for i, (_, place) in enumerate(whole):
+            place = json.loads(json.dumps(place))
+            assert ("stream" in place) == (kind == "hub" and place["rows"] > corpus.MANY)
+            assert [t for t, _ in corpus.windows("d", domain, split, after=place)] == [
+                t for t, _ in whole[i + 1 :]
+            ] or (i == len(whole) - 1 and not any(t for t, _ in corpus.windows("d", domain, split, after=place)))
+
+
+def test_a_stream_goes_on_without_reading_what_was_read(tmp_path, monkeypatch):
+    domain = streamed(tmp_path, monkeypatch, texts(600, words=20))
+    monkeypatch.setitem(corpus.WINDOW, "hub", 3000)
+    *_, (last, place) = corpus.windows("d", domain, "train")
+    places = [place for _, place in corpus.windows("d", domain, "train")]
+    for i in range(2):  # the first two of three files are not needed any more
+        (tmp_path / f"shard{i}.jsonl").write_text("not even JSON")
+    late = next(place for place in places if place["rows"] > 450)
+    assert list(corpus.windows("d", domain, "train", after=late))
+    with pytest.raises(SourceError):
+        list(corpus.windows("d", domain, "train"))
 
 
 def test_missing_path(tmp_path):
@@ -302,7 +381,7 @@ def test_load_tokenizer(tmp_path, tokenizer):
 
 
 def test_pack_equals_a_plain_recount(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "TOKENISE", 300)  # several groups of text
+    monkeypatch.setattr(packing, "TOKENISE", 300)  # several groups of text
     docs = ["abc", "de", "f", *texts(40, words=12), "x" * 100]
     ids_NT, segments_NT = pack(docs, tokenizer, 16, 1000)
     assert ids_NT.dtype == segments_NT.dtype == np.int32
@@ -343,7 +422,7 @@ def test_pack_refuses(tokenizer):
 
 
 def test_pack_reads_no_more_than_it_needs(tokenizer, monkeypatch):
-    monkeypatch.setattr(data, "TOKENISE", 100)
+    monkeypatch.setattr(packing, "TOKENISE", 100)
     read = []
 
     def endless():
@@ -371,7 +450,8 @@ def test_prepare_and_open(tmp_path, run, tokenizer):
     for split, count in (("train", 32), ("test", 16), ("calibration", 3)):
         assert list(opened[split]) == ["a", "b", "c"]
         for records in opened[split].values():
-            assert isinstance(records.ids, np.memmap) and records.ids.dtype == records.segments.dtype == np.int32
+            assert isinstance(records.ids, np.memmap) and records.ids.dtype == records.segments.dtype == np.uint16
+            assert [a.dtype for a in records.take(np.array([0, 2]))] == [np.int32] * 2
             assert records.ids.shape == records.segments.shape == (count, 32) and len(records) == count
     for name in "abc":
         train, test = (tokenizer.decode(opened[split][name].ids.ravel()) for split in ("train", "test"))
@@ -388,7 +468,7 @@ def test_prepare_and_open(tmp_path, run, tokenizer):
 
 def test_prepare_is_not_redone_and_guards_its_inputs(tmp_path, run, tokenizer, monkeypatch):
     out = data.prepare(run, tokenizer, tmp_path / "out", VOCAB)
-    monkeypatch.setattr(data, "pack", lambda *a, **k: pytest.fail("packed again"))
+    monkeypatch.setattr(data, "fill", lambda *a, **k: pytest.fail("packed again"))
     assert data.prepare(run, tokenizer, out, VOCAB) == out
     with pytest.raises(ArtifactError, match="belongs to another run .*train_tokens=1000 there, 900 here"):
         data.prepare(dataclasses.replace(run, train_tokens=900), tokenizer, out, VOCAB)
@@ -402,45 +482,136 @@ def test_prepare_is_not_redone_and_guards_its_inputs(tmp_path, run, tokenizer, m
     assert data.prepare(run, tokenizer, out, VOCAB) == out
 
 
-def test_prepare_goes_on_after_an_interruption(tmp_path, run, tokenizer, monkeypatch):
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
+def killing(monkeypatch, number):
+    """Die at the `number`-th of all calls that change the disk or tokenise: before it when even, after it when odd."""
+    calls = []
+
+    def wrap(owner, name):
+        real = getattr(owner, name)
+
+        def wrapped(*args, **options):
+            calls.append(name)
+            if 2 * len(calls) - 2 == number:
+                raise Killed
+            answer = real(*args, **options)
+            if 2 * len(calls) - 1 == number:
+                raise Killed
+            return answer
+
+        monkeypatch.setattr(owner, name, wrapped)
+
+    wrap(packing.Packer, "add")
+    for name in ("fsync", "replace", "posix_fallocate", "unlink"):
+        wrap(os, name)
+    return calls
+
+
+def test_prepare_goes_on_after_a_kill_anywhere(tmp_path, run, tokenizer, monkeypatch):
+    """Within a domain too: the text tokenised before the last mark is not tokenised again, and the bytes are equal."""
+    monkeypatch.setitem(corpus.WINDOW, "files", 400)
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # hundreds of real ones take a minute
+    run = dataclasses.replace(run, domains={"a": run.domains["a"], "b": run.domains["b"]}, calibration_tokens=600)
+    with monkeypatch.context() as patch:
+        calls = killing(patch, -1)
+        whole = data.prepare(run, tokenizer, tmp_path / "whole", VOCAB)
+    adds, total = calls.count("add"), len(calls)
+    assert adds > 10 and calls.count("replace") > adds, "a mark after each window"
+    expected = artifacts.read_manifest(whole)["files"]
+    for number in range(0, 2 * total, 11):
+        out = tmp_path / f"out{number}"
+        with monkeypatch.context() as patch:
+            before = killing(patch, number)
+            with pytest.raises(Killed):
+                data.prepare(run, tokenizer, out, VOCAB)
+        assert not out.exists() or number >= 2 * total - 2  # the last: its temporary mark, after the renaming
+        with monkeypatch.context() as patch:
+            after = killing(patch, -1)
+            data.prepare(run, tokenizer, out, VOCAB)
+        assert artifacts.read_manifest(out)["files"] == expected, number
+        assert before.count("add") + after.count("add") <= adds + 2, f"{number}: text was tokenised twice"
+        artifacts.verify(out, hashes=True)
+        assert not [p for p in out.iterdir() if p.name.startswith(".")]
+
+
+def test_prepare_goes_on_after_sigkill(tmp_path, run, tokenizer, monkeypatch):
+    """A real one: whatever the process had buffered is gone."""
+    import subprocess
+
+    monkeypatch.setitem(corpus.WINDOW, "files", 2000)
     whole = data.prepare(run, tokenizer, tmp_path / "whole", VOCAB)
-    packed, real = [], data.pack
-
-    def dying(docs, *args, where, **options):
-        if where == "domain c (train)" and "dead" not in packed:
-            packed.append("dead")
-            raise KeyboardInterrupt
-        packed.append(where)
-        return real(docs, *args, where=where, **options)
-
-    monkeypatch.setattr(data, "pack", dying)
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        data.prepare(run, tokenizer, out, VOCAB)
-    assert not out.exists()
-    packed[:] = ["dead"]
+    program = (
+        "import os, signal, sys\n"
+        "from readme_jax import config, corpus, data, packing\n"
+        "corpus.WINDOW['files'], calls, add = 2000, [], packing.Packer.add\n"
+        "def dying(*args):\n"
+        "    calls.append(1)\n"
+        "    return add(*args) if len(calls) < 12 else os.kill(os.getpid(), signal.SIGKILL)\n"
+        "packing.Packer.add = dying\n"
+        "run = config.load_yaml(data.DataConfig, sys.argv[1])\n"
+        "data.prepare(run, data.load_tokenizer(sys.argv[2]), sys.argv[3], int(sys.argv[4]))\n"
+    )
+    folder, out = write_tokenizer(tmp_path / "tokenizer"), tmp_path / "out"
+    ran = subprocess.run([sys.executable, "-c", program, whole / "config.yaml", folder, out, str(VOCAB)])
+    assert ran.returncode == -9 and not out.exists()
+    marks = [json.loads(path.read_text()) for path in (tmp_path / ".out.partial").glob(".*.mark.json")]
+    assert any(mark["records"] > 0 and mark["tokens"] is None for mark in marks), "killed inside a domain"
     data.prepare(run, tokenizer, out, VOCAB)
-    assert packed == ["dead", "domain c (train)", "domain c (test)"]
-    same = artifacts.read_manifest(out)["files"], artifacts.read_manifest(whole)["files"]
-    assert same[0] == same[1]
+    assert artifacts.read_manifest(out)["files"] == artifacts.read_manifest(whole)["files"]
 
 
 def test_unfinished_work_of_other_inputs_is_thrown_away(tmp_path, run, tokenizer, monkeypatch):
-    real = data.pack
     out = tmp_path / "out"
-
-    def dying(docs, *args, where, **options):
-        if where.startswith("domain c"):
-            raise KeyboardInterrupt
-        return real(docs, *args, where=where, **options)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(data, "pack", dying)
+    monkeypatch.setitem(corpus.WINDOW, "files", 2000)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killing(patch, 60)
         data.prepare(run, tokenizer, out, VOCAB)
+    assert list((tmp_path / ".out.partial").glob(".*.mark.json"))
     other = data.load_tokenizer(write_tokenizer(tmp_path / "other", opening=True))
     data.prepare(run, other, out, VOCAB)
     for name in "abc":
         assert data.open_records(out, "train")[name].ids[0, 0] == BOS
+
+
+@pytest.mark.parametrize("vocab, seq, expected", [(VOCAB, 32, "u2 u2"), (1 << 16, 32, "u2 u2"), (65537, 32, "i4 u2")])
+def test_records_take_two_bytes_where_that_is_enough(tmp_path, tokenizer, vocab, seq, expected):
+    domain = write_jsonl(tmp_path / "a.jsonl", texts(200))
+    paths = packing.record_paths(tmp_path, "a", "train")
+    tokens = packing.fill(
+        lambda after: corpus.windows("a", domain, "train", after=after), tokenizer, paths, seq, 3000, vocab, where="a"
+    )
+    ids_NT, segments_NT = pack(documents("a", domain, "train"), tokenizer, seq, 3000)
+    stored = [np.load(path) for path in paths]
+    assert " ".join(array.dtype.str[1:] for array in stored) == expected
+    assert np.array_equal(stored[0], ids_NT) and np.array_equal(stored[1], segments_NT)
+    assert tokens == np.count_nonzero(segments_NT)
+    assert packing.dtypes(1 << 16, VOCAB)[1] == np.int32, "a record of more tokens may have more segments"
+
+
+def test_memory_of_preparing_is_a_window(tmp_path, tokenizer, monkeypatch):
+    """Neither the text nor the tokens of a split are held."""
+    import tracemalloc
+
+    monkeypatch.setitem(corpus.WINDOW, "files", 50_000)
+    monkeypatch.setattr(packing, "TOKENISE", 10_000)
+    domain = write_jsonl(tmp_path / "a.jsonl", texts(15_000))
+    paths = packing.record_paths(tmp_path, "a", "train")
+    tracemalloc.start()
+    tokens = packing.fill(
+        lambda after: corpus.windows("a", domain, "train", after=after),
+        tokenizer,
+        paths,
+        64,
+        2_000_000,
+        VOCAB,
+        where="a",
+    )
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert sum(path.stat().st_size for path in paths) > 4 * tokens * 0.99 and peak < 1_500_000 < tokens
 
 
 def test_prepare_refuses_before_work(tmp_path, run, tokenizer):
@@ -462,22 +633,29 @@ def test_prepare_refuses_before_work(tmp_path, run, tokenizer):
     assert not out.exists()
 
 
-def test_full_disk(tmp_path, run, tokenizer, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+def no_space(*args):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(data, "_save", full)
-    with pytest.raises(ArtifactError, match="the disk is full"):
-        data.prepare(run, tokenizer, tmp_path / "out", VOCAB)
+
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])
+def test_full_disk(tmp_path, run, tokenizer, monkeypatch, call):
+    """Met when the files are made, before any text is tokenised; or, where blocks cannot be taken, when written."""
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, no_space)
+        patch.setattr(artifacts, "write_text", lambda path, text: path.write_text(text))
+        patch.setattr(packing.Packer, "add", lambda *a: pytest.fail("work began") if call != "fsync" else add(*a))
+        with pytest.raises(ArtifactError, match="the disk is full"):
+            data.prepare(run, tokenizer, tmp_path / "out", VOCAB)
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
+    def unsupported(*args):
+        raise OSError(errno.EOPNOTSUPP, "not on this file system")
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_a_full_disk_keeps_its_error_number(tmp_path, monkeypatch):
-    (tmp_path / ".x.npy.tmp").symlink_to("/dev/full")
-    with pytest.raises(OSError) as caught:
-        data._save(tmp_path / "x.npy", np.zeros((4096, 64), np.int32))
-    assert caught.value.errno == errno.ENOSPC
+    monkeypatch.setattr(os, "posix_fallocate", unsupported)
+    data.prepare(run, tokenizer, tmp_path / "out", VOCAB)
+
+
+add = packing.Packer.add
 
 
 def test_open_refuses(tmp_path, run, tokenizer):
@@ -605,6 +783,75 @@ def test_batches_refuse():
         Batches(records | make_records({"c": 0}), WEIGHTS, batch=2)
     with pytest.raises(IndexError):
         Batches(records, WEIGHTS, batch=2)[-1]
+
+
+def test_rows_of_a_step(monkeypatch):
+    batches = Batches(make_records(COUNTS), WEIGHTS, batch=6, accum=2, seed=3)
+    whole, taken = batches[9], []
+    assert np.array_equal(batches.index(9), whole["index"])
+    real = Records.take
+    monkeypatch.setattr(Records, "take", lambda self, rows: (taken.extend(rows), real(self, rows))[1])
+    for start, stop in ((0, 6), (0, 2), (2, 5), (5, 6)):
+        taken.clear()
+        part = batches.rows(9, start, stop)
+        assert same(part, {key: value[:, start:stop] for key, value in whole.items()})
+        assert all(value.dtype == np.int32 for value in part.values())
+        assert len(taken) == 2 * (stop - start), "rows of other hosts are not read"
+    for start, stop in ((-1, 2), (2, 2), (4, 7), (3, 1)):
+        with pytest.raises(IndexError, match=f"rows {start} .. {stop} lie in 0 .. 6"):
+            batches.rows(9, start, stop)
+
+
+def test_take_by_number():
+    records = make_records(COUNTS)
+    found = Batches(records, WEIGHTS, batch=2).take(np.array([[99, 0], [30, 79], [29, 80]]))
+    assert found["ids"].shape == found["segments"].shape == (3, 2, 8)
+    assert found["ids"][..., 3].tolist() == [[99, 0], [30, 79], [29, 80]]
+
+
+def mapped(path):
+    """(flags, resident kB) of every mapping of a file in this process."""
+    blocks, inside = [], False
+    for line in open("/proc/self/smaps"):
+        key, *values = line.split()
+        if not key.endswith(":"):
+            inside = line.rstrip().endswith(str(path))
+            blocks += [{}] if inside else []
+        elif inside:
+            blocks[-1][key[:-1]] = values
+    return [(set(b["VmFlags"]), int(b["Rss"][0])) for b in blocks]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_virtual_set_of_100_gb(tmp_path, monkeypatch):
+    """50 M records of 512 tokens (100 GB of text), as holes: memory stays flat, nothing is listed."""
+    records, paths = {}, []
+    for name, count in (("a", 20_000_000), ("b", 30_000_000)):
+        own = packing.record_paths(tmp_path, name, "train")
+        for path in own:
+            with open(path, "wb") as file:
+                header = {"descr": "<u2", "fortran_order": False, "shape": (count, 512)}
+                np.lib.format.write_array_header_1_0(file, header)
+                file.truncate(file.tell() + count * 1024)
+        records[name] = Records(*(np.load(path, mmap_mode="r") for path in own))
+        paths += own
+    assert sum(path.stat().st_size for path in paths) > 102e9
+    whole = Batches({n: Records(r.ids[:9], r.segments[:9]) for n, r in records.items()}, {"a": 1, "b": 2}, batch=4)[0]
+    assert whole["ids"].shape == (1, 4, 512)  # slices of the maps are advised too
+
+    def resident():
+        status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        return [int(status[key].split()[0]) / 1024 for key in ("RssAnon", "RssFile")]
+
+    before = resident()
+    monkeypatch.setattr(data, "FORGET", 1 << 22)
+    batches = Batches(records, {"a": 0.5, "b": 0.5}, batch=64, seed=1)
+    seen = np.concatenate([batches[step * 1_000_003]["index"].ravel() for step in range(40)])
+    assert len(set(seen.tolist())) > 0.98 * seen.size and seen.min() < 1_000_000 and seen.max() > 49_000_000
+    after = resident()
+    assert after[0] - before[0] < 8 and after[1] - before[1] < 8, f"MiB of memory: {before} before, {after} after"
+    for path in paths:
+        assert all("rr" in flags and size < 4096 for flags, size in mapped(path)), "read-ahead is off"
 
 
 def test_eval_batches_cover_each_record_once():

@@ -272,7 +272,7 @@ def test_redundant_tensors_are_allowed_only_when_they_say_nothing_new(tmp_path):
 def test_parameters_that_do_not_fit_are_named(tmp_path):
     cfg, _, _ = hf.parse_config(config_of())
     for edit, words in (
-        (lambda p: p["layers"].pop("w_up"), ["layer 0", "w_up", "missing"]),
+        (lambda p: p["layers"].pop("w_up"), ["params.layers", "w_up", "missing"]),
         (lambda p: p["layers"].update(b_q=p["layers"]["w_q"]), ["b_q", "not part"]),
         (lambda p: p.pop("norm"), ["norm", "missing"]),
         (lambda p: p.update(norm=p["norm"][1:]), ["norm", "(31,)", "(32,)"]),

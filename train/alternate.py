@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax import artifacts, cli, hf, optim, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records, rows_of
+from readme_jax import artifacts, cli, hf, optim, placement, steps
+from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
@@ -65,19 +65,21 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
-    host, table_LEC, router_host = hf.load_params(config.model, dtype=np.float32)
+    specs = backbone.param_specs(cfg)
+    teacher, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32)
     assert table_LEC is not None
-    if not alone and router_host is None:
+    table = make_table(table_LEC, cfg.mlp)
+    if not alone and router_params is None:
         require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
         router_cfg = config.router.shape
-        router_host = router.init_params(router_cfg, host["embedding"], experts.experts, config.seed)
-    teacher, table = backbone.place(cfg, host), make_table(table_LEC, cfg.mlp)
+        embedding_VD = hf.read_top(hf.Reader(config.model), cfg)["embedding"]  # mapped: its first columns are read
+        fresh = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
+        router_params = jax.tree.map(put, fresh)
     student, frozen = steps.split_tuned(teacher, config.experts.tuned)
     tx = {name: optim.make(p.optim, p.steps) for name, p in plan.items()}
     phases = {"experts": steps.start(jax.tree.map(jnp.copy, student), tx["experts"])}
     if not alone:
-        phases["router"] = steps.start(jax.tree.map(put, router_host), tx["router"])
-    del host, router_host
+        phases["router"] = steps.start(router_params, tx["router"])
     # ---- steps
     head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
     expert_step = steps.make_expert_step(
@@ -104,7 +106,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         with progress(len(ids_N) * batches["router"].seq, "label", initial=cache.done * batches["router"].seq) as bar:
 
             def labels_of(index_B: np.ndarray) -> np.ndarray:
-                rows = rows_of(batches["router"], index_B)
+                rows = batches["router"].take(index_B)
                 bar.update(rows["ids"].size)
                 ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
                 return np.asarray(label(teacher, table, ids, segments))
@@ -183,9 +185,8 @@ def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_
     """The tuned model folder in place of the training state."""
     cfg, _, _ = hf.read_config(config.model)
     base = json.loads((config.model / "config.json").read_text())
-    router_params = jax.device_get(phases["router"].params) if router_cfg is not None else None
-    with hf.Writer(work.path) as writer:
-        hf.save_params(writer, cfg, jax.device_get(params), experts=table_LEC, router=router_params)
+    router_params = phases["router"].params if router_cfg is not None else None
+    placement.save_sharded(work.path, cfg, params, experts=table_LEC, router=router_params)
     hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype="float32")
     artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
     hf.copy_side_files(config.model, work.path)

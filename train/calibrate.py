@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from safetensors.numpy import load_file, save
 
-from readme_jax import artifacts, cli, hf
+from readme_jax import artifacts, cli, hf, placement
 from readme_jax.calibrate import Accumulator, CalibrateConfig, make_statistics
 from readme_jax.carve import Statistics, save_statistics
 from readme_jax.config import CheckpointError, DataError, require
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
         require(len(own) > 0, f"domain {name}: no calibration records", DataError)
     with use_mesh(config.mesh), artifacts.building(config.out, "calibrate", config, parents) as work:
         require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")
-        params = backbone.place(cfg, hf.load_params(config.model, dtype=np.float32)[0])
+        params, _, _ = placement.load_sharded(config.model, backbone.param_specs(cfg), dtype=np.float32)
         statistics = make_statistics(cfg, config.dtype)
         sums = {name: Accumulator(cfg.layer, cfg.mlp) for name in records}
         mark = work.path / "unfinished.safetensors"

@@ -8,10 +8,9 @@ In: a model folder and packed text (`data`). Out: evaluation.json and a table on
 import functools
 import json
 
-import jax
 import numpy as np
 
-from readme_jax import artifacts, cli, hf
+from readme_jax import artifacts, cli, hf, placement
 from readme_jax.config import ConfigError, require
 from readme_jax.data import eval_batches, open_records
 from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
@@ -54,16 +53,16 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
     own = {name: own_expert(experts.names, name) for name in records} if "own_domain" in config.arms else {}  # type: ignore
     with use_mesh(config.mesh), artifacts.building(config.out, "evaluate", config, parents) as work:
         require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")
-        params, table_LEC, router_params = hf.load_params(config.model, dtype=np.float32)
+        specs = backbone.param_specs(cfg)
+        params, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32)
         if config.router is not None:
-            _, other_LEC, router_params = hf.load_params(config.router, dtype=np.float32)
+            other_LEC, router_params = placement.load_router(config.router, dtype=np.float32)
             alike = other_LEC is not None and table_LEC is not None and np.array_equal(other_LEC, table_LEC)
             require(alike, f"router={config.router}: its expert table differs from that of {config.model}")
-        params = backbone.place(cfg, params)
         table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
         route = None
         if many and router_params is not None and router_cfg is not None:
-            route = functools.partial(make_route(router_cfg, cfg.rope_theta), jax.tree.map(put, router_params))
+            route = functools.partial(make_route(router_cfg, cfg.rope_theta), router_params)
         losses = make_losses(cfg, config.labels)
         rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
         routing = Routing(len(records), experts.experts if experts else 1)

@@ -71,7 +71,7 @@ def init_params(cfg: RouterConfig, embedding_VD: np.ndarray, experts: int, seed:
     rng = np.random.default_rng(seed)
     width = cfg.width
     repeats = -(-width // embedding_VD.shape[1])
-    table_VR = np.tile(np.asarray(embedding_VD, np.float32), (1, repeats))[:, :width]
+    table_VR = np.tile(np.asarray(embedding_VD[:, :width], np.float32), (1, repeats))[:, :width]
     shape = (cfg.layers, width, width)
     layers = {name: rng.normal(0, width**-0.5, shape).astype(np.float32) for name in MATRICES}
     layers |= {name: np.zeros((cfg.layers, width), np.float32) for name in BIASES}
