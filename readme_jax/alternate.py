@@ -16,7 +16,7 @@ from readme_jax.losses import LabelConfig
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
 from readme_jax.sharding import MeshConfig
-from readme_jax.steps import Tuned
+from readme_jax.steps import Tuned, Way
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +69,9 @@ class ExpertPhase:
     """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
     tuned: Tuned = "all"
     """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
-    way: Literal["masked", "grouped"] = "masked"
-    """How experts run: `masked` all used channels times the token's mask, `grouped` one matmul an expert."""
+    way: Way = "masked"
+    """How experts run: `masked` all used channels times the token's mask, `grouped` one matmul an expert on one device,
+    `parallel` separate experts on the mesh's `expert` axis, tokens sent to them."""
     remat: Remat = "none"
     """`full` recomputes activations in the backward pass: less memory, a third more time."""
     head_chunk: int = 128

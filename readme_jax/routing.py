@@ -3,7 +3,13 @@
 Expert ids are known before the backbone runs, so one plan serves all layers.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
+
+from readme_jax.config import require
+
+RUNGS = 24  # of a ladder, and so programs that one batch shape may compile
 
 
 def membership(experts_LEC: np.ndarray, width: int) -> np.ndarray:
@@ -43,3 +49,126 @@ def group(expert_M: np.ndarray, experts: int, rows: int) -> tuple[np.ndarray, np
     expert_P = np.zeros(total, np.int32)
     expert_P[: groups_E.sum()] = np.repeat(np.arange(experts), groups_E)
     return source_PR.reshape(total, rows), expert_P, row_M
+
+
+class Exchange(NamedTuple):
+    """How the tokens of a batch reach their experts and come back: host arrays, int32, see `models.parallel.Parallel`
+    for what each holds.
+
+    A microbatches, G = data * X batch devices, X peers on the mesh's `expert` axis, S rows for each pair of them, P
+    blocks of R rows, E / X experts on a device. The last three are None where a device holds one expert: its rows
+    arrive in order.
+    """
+
+    send_AGXS: Any
+    place_ABT: Any
+    group_AGPR: Any = None
+    ungroup_AGXS: Any = None
+    blocks_AGE: Any = None
+
+
+def ladder(tokens: int, peers: int) -> tuple[int, ...]:
+    """Sizes S of the rows a device sends to each of `peers` devices, at `tokens` tokens a device: at most RUNGS.
+
+    The last one is `tokens`, so no skew drops a token. With n = tokens / peers, the mean, a balanced router needs
+    about n + 2.4 sqrt(n) rows, the largest of many binomial counts: the rungs lie closest there, then a few percent
+    apart up to 3n, then coarsely. Multiples of 2 rows, of 4 from 128 rows on.
+    """
+    if peers == 1:
+        return (tokens,)
+    mean = tokens / peers
+    low, high = mean + 1.5 * mean**0.5, mean + 3.2 * mean**0.5
+    skewed = min(max(3 * mean, high), tokens)
+
+    def up(sizes) -> set[int]:
+        steps = np.where(sizes < 128, 2, 4)
+        return set(np.minimum(tokens, -(-sizes // steps) * steps).astype(int).tolist())
+
+    rungs = up(np.linspace(low, high, 8)) | up(np.geomspace(high, skewed, 12)[1:])
+    return tuple(sorted(rungs | up(np.geomspace(skewed, tokens, RUNGS - len(rungs) + 1)[1:])))
+
+
+def block_rows(rows: int, local: int) -> int:
+    """Rows R of the blocks into which a device groups `rows` received rows of `local` experts.
+
+    Each expert's rows are filled up to whole blocks, so blocks are an eighth of an expert's share at most; 512 rows
+    keep any matrix unit busy.
+    """
+    return min(512, -(-rows // (8 * local * 8)) * 8)
+
+
+def exchange_shapes(shape_ABT: tuple[int, int, int], experts: int, *, data: int, peers: int, rows: int) -> Exchange:
+    """Shapes of the plan that sends `rows` rows between two peers, in place of its arrays."""
+    a, b, t = shape_ABT
+    check_split(experts, peers)
+    require(b % (data * peers) == 0, f"batch={b} must be a multiple of the mesh's {data * peers} batch devices")
+    devices, local = data * peers, experts // peers
+    sent = (a, devices, peers, rows)
+    if local == 1:
+        return Exchange(sent, shape_ABT)
+    r = block_rows(peers * rows, local)
+    return Exchange(sent, shape_ABT, (a, devices, (peers * rows + local * (r - 1)) // r, r), sent, (a, devices, local))
+
+
+def exchange(
+    expert_ABT: np.ndarray, experts: int, *, data: int = 1, peers: int = 1, rows: int | None = None
+) -> Exchange:
+    """The plan of `parallel` experts for a batch of host expert ids, the same for all layers; nothing is dropped.
+
+    Batch rows lie on the devices of (data, expert) in order, and device x of the `expert` axis holds experts
+    x * E / X to (x + 1) * E / X - 1. `rows` asks for at least this rung of the ladder. ConfigError when the experts
+    are no multiple of `peers`, the batch none of data * peers, or an id is no expert.
+    """
+    a, b, t = expert_ABT.shape
+    check_split(experts, peers)
+    low, high = int(expert_ABT.min()), int(expert_ABT.max())
+    require(0 <= low and high < experts, f"expert ids {low}..{high} must lie in 0..{experts - 1}")
+    n, m, local = a * data * peers, b * t // (data * peers), experts // peers
+    # ids of 8 or 16 bits: NumPy sorts those by radix
+    id_NM = expert_ABT.reshape(n, -1).astype(np.uint8 if experts <= 256 else np.uint16)
+    order_NM = np.argsort(id_NM, axis=-1, kind="stable").astype(np.int32)
+    flat_NM = id_NM + np.arange(0, n * experts, experts, dtype=np.int32)[:, None]
+    count_NE = np.bincount(flat_NM.ravel(), minlength=n * experts).astype(np.int32).reshape(n, experts)
+    pair_NX = count_NE.reshape(n, peers, local).sum(-1, dtype=np.int32)
+    sizes = ladder(m, peers)
+    size = sizes[np.searchsorted(sizes, max(int(pair_NX.max()), rows or 0))]
+    shapes = exchange_shapes(expert_ABT.shape, experts, data=data, peers=peers, rows=size)
+    # ---- a token of rank r among those sorted by expert takes row r - (first rank of its device) of its device's rows
+    device_N = np.arange(n, dtype=np.int32)
+    shift_NX = size * np.arange(peers, dtype=np.int32) - _before(pair_NX)
+    slot_NM = np.repeat(shift_NX.ravel(), pair_NX.ravel()).reshape(n, m) + np.arange(m, dtype=np.int32)
+    send_NQ = np.full((n, peers * size), m, np.int32)
+    send_NQ[device_N[:, None], slot_NM] = order_NM
+    place_NM = np.empty((n, m), np.int32)
+    place_NM[device_N[:, None], order_NM] = slot_NM
+    sent = (send_NQ.reshape(shapes.send_AGXS), place_NM.reshape(shapes.place_ABT))
+    if shapes.group_AGPR is None:
+        return Exchange(*sent)
+    # ---- device j receives c[i, e] rows from each peer i for its expert e, sorted by e; it groups them by (e, i)
+    p, r = shapes.group_AGPR[2:]
+    count_KIJE = count_NE.reshape(a * data, peers, peers, local)
+    first_KIJE = _before(count_KIJE) + size * np.arange(peers, dtype=np.int32)[:, None, None]
+    count_NEX, first_NEX = (c.transpose(0, 2, 3, 1).reshape(n, local, peers) for c in (count_KIJE, first_KIJE))
+    count_NE = count_NEX.sum(-1, dtype=np.int32)  # received now, not sent
+    blocks_NE = -(-count_NE // r)
+    start_NEX = r * _before(blocks_NE)[:, :, None] + _before(count_NEX)
+    count_Z = count_NEX.ravel()
+    within = np.arange(n * m, dtype=np.int32) - np.repeat(_before(count_Z), count_Z)
+    source, target = (np.repeat(first.ravel(), count_Z) + within for first in (first_NEX, start_NEX))
+    owner = np.repeat(device_N, count_NE.sum(-1))
+    group_NW = np.full((n, p * r), peers * size, np.int32)
+    group_NW[owner, target] = source
+    ungroup_NQ = np.full((n, peers * size), p * r, np.int32)
+    ungroup_NQ[owner, source] = target
+    grouped = (a.reshape(shape) for a, shape in zip((group_NW, ungroup_NQ, blocks_NE), shapes[2:]))
+    return Exchange(*sent, *grouped)
+
+
+def _before(count: np.ndarray) -> np.ndarray:
+    """int32 sum of what stands before each entry on the last axis."""
+    return np.cumsum(count, -1, dtype=np.int32) - count
+
+
+def check_split(experts: int, peers: int) -> None:
+    """ConfigError unless the experts spread evenly over the mesh's `expert` axis."""
+    require(experts % peers == 0, f"experts={experts} must be a multiple of the mesh's expert={peers}")

@@ -32,6 +32,7 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "head_dim": None,
     "mlp": "model",
     "expert": None,
+    "own_expert": "expert",
     "channel": None,
     "router": None,
 }
@@ -44,7 +45,7 @@ class MeshConfig:
     data: int = 0
     """Devices that split the batch; 0 takes every device that the other axes leave."""
     expert: int = 1
-    """Devices that split the batch too (and separate experts, in a later version)."""
+    """Devices that split the batch too, and separate experts."""
     model: int = 1
     """Devices that split the FFN channels."""
 
@@ -91,6 +92,11 @@ def batch_devices() -> int:
 def model_devices() -> int:
     """Number of shards of the FFN channels on the current mesh."""
     return jax.sharding.get_abstract_mesh().shape.get("model", 1)
+
+
+def expert_devices() -> int:
+    """Number of shards of separate experts on the current mesh."""
+    return jax.sharding.get_abstract_mesh().shape.get("expert", 1)
 
 
 def put(value: Any, partition: P = REPLICATED) -> jax.Array:

@@ -6,6 +6,7 @@ and is never differentiated or donated. Microbatches are summed by `lax.scan` an
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -13,15 +14,17 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from readme_jax import losses
+from readme_jax import losses, sharding
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss, LabelConfig
-from readme_jax.models import backbone, router
+from readme_jax.models import backbone, parallel, router
 from readme_jax.models.backbone import Params, Remat
-from readme_jax.models.experts import ExpertTable, Grouped, Masked
-from readme_jax.routing import group
+from readme_jax.models.experts import ExpertTable, Grouped, Masked, Parallel
+from readme_jax.routing import exchange, group
+from readme_jax.sharding import batch_devices, expert_devices
 
 Tuned = Literal["all", "ffn"]
+Way = Literal["masked", "grouped", "parallel"]
 FFN = ("w_gate", "w_up", "w_down", "b_gate", "b_up", "b_down")
 
 
@@ -168,10 +171,22 @@ def make_expert_step(
     return step
 
 
-def plan(expert_ABT: np.ndarray, experts: int, way: Literal["masked", "grouped"], put=jnp.asarray) -> Masked | Grouped:
-    """Route of a batch from host expert ids [A, B, T]: stacked over microbatches, ready for the expert step."""
+def plan(
+    expert_ABT: np.ndarray | jax.Array, experts: int, way: Way, put: Callable[..., Any] | None = None
+) -> Masked | Grouped | Parallel:
+    """Route of a batch from expert ids [A, B, T]: stacked over microbatches, ready for the expert step.
+
+    `grouped` and `parallel` need ids of the host; `parallel` plans for the current mesh, and its put(array, spec)
+    takes a PartitionSpec too.
+    """
     if way == "masked":
-        return Masked(put(expert_ABT))
+        return Masked((put or jnp.asarray)(expert_ABT))
+    expert_ABT = np.asarray(expert_ABT)
+    if way == "parallel":
+        peers = expert_devices()
+        plans = exchange(expert_ABT, experts, data=batch_devices() // peers, peers=peers)
+        return parallel.place(plans, put or sharding.put)
+    put = put or jnp.asarray
     flat_AM = expert_ABT.reshape(expert_ABT.shape[0], -1)
     # 1/(2E) of the tokens a group keeps padding below half of an expert's share and the groups few
     rows = max(32, -(-flat_AM.shape[1] // (2 * experts) // 32) * 32)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ORDER = """
     config sharding artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
-    models models.layers models.experts models.backbone models.router
+    models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve losses optim steps evaluate alternate
     generation export report_parts report_page report quickstart api cli
 """.split()

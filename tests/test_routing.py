@@ -1,10 +1,12 @@
 """Properties of the host-made routing plans."""
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from readme_jax.routing import bucket, group
+from readme_jax.config import ConfigError
+from readme_jax.routing import RUNGS, block_rows, bucket, exchange, exchange_shapes, group, ladder
 from readme_jax.steps import plan
 
 
@@ -58,3 +60,121 @@ def test_plan_of_microbatches_has_one_shape_and_keeps_every_token():
         assert (route.expert_P[a][route.row_M[a] // rows] == flat_M).all()
         assert np.sum(route.source_PR[a] < 128) == 128
     np.testing.assert_array_equal(plan(expert_ABT, 4, "masked", put=np.asarray).expert_BT, expert_ABT)
+
+
+def taken(x_NZ, row_Q):
+    """x[row], 0 where the row is N: as the device does."""
+    return np.concatenate([x_NZ, np.zeros_like(x_NZ[:1])])[row_Q]
+
+
+def swapped(rows_GXSZ, peers):
+    """The all-to-all among the peers of each data shard: block x of peer i goes to block i of peer x."""
+    whole = rows_GXSZ.reshape(-1, peers, peers, *rows_GXSZ.shape[2:])
+    return whole.swapaxes(1, 2).reshape(rows_GXSZ.shape)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    local=st.integers(1, 4),
+    data=st.sampled_from([1, 2, 3]),
+    peers=st.sampled_from([1, 2, 4, 8]),
+    micro=st.integers(1, 3),
+    length=st.integers(1, 30),
+    skew=st.floats(0, 4),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_every_token_reaches_its_expert_and_comes_back(local, data, peers, micro, length, skew, seed):
+    experts, devices, rng = local * peers, data * peers, np.random.default_rng(seed)
+    share = rng.permutation((1.0 + np.arange(experts)) ** -skew) * (rng.random(experts) < 0.8) + 1e-9  # some have none
+    expert_ABT = rng.choice(experts, (micro, devices * 2, length), p=share / share.sum()).astype(np.int32)
+    plan = exchange(expert_ABT, experts, data=data, peers=peers)
+    size = plan.send_AGXS.shape[-1]
+    assert all(a is None or a.dtype == np.int32 for a in plan)
+    shapes = exchange_shapes(expert_ABT.shape, experts, data=data, peers=peers, rows=size)
+    assert shapes == tuple(None if a is None else a.shape for a in plan)
+    assert (plan.group_AGPR is None) == (local == 1)
+    # what travels with a token: 1 + its number in the microbatch, 1 + its expert; 0 is an empty row
+    tokens = 2 * length
+    for a in range(micro):
+        expert_GM = expert_ABT[a].reshape(devices, tokens)
+        mark_GM2 = np.stack([np.arange(devices * tokens).reshape(devices, tokens), expert_GM], -1) + 1
+        sent = np.stack([taken(mark, rows) for mark, rows in zip(mark_GM2, plan.send_AGXS[a])])
+        pairs = np.stack([np.bincount(e // local, minlength=peers) for e in expert_GM])
+        rungs = ladder(tokens, peers)
+        if a == 0:
+            most = max(
+                np.bincount(e // local, minlength=peers).max() for e in expert_ABT.reshape(micro * devices, tokens)
+            )
+            assert size == min(rung for rung in rungs if rung >= most), "the smallest rung that holds them all"
+        assert ((sent[..., 0] > 0).sum(-1) == pairs).all(), "no token dropped, none twice"
+        received = swapped(sent, peers)
+        expert_QG = received[..., 1].reshape(devices, -1)
+        here = (expert_QG - 1) // local == np.arange(devices)[:, None] % peers
+        assert here[expert_QG > 0].all(), "a row reaches the device of its expert"
+        result = received.reshape(devices, peers * size, 2)
+        if local > 1:
+            blocks = np.stack([taken(r, rows) for r, rows in zip(result, plan.group_AGPR[a])])  # [G, P, R, 2]
+            owner = [np.repeat(np.arange(local), n) for n in plan.blocks_AGE[a]]
+            for g in range(devices):
+                used = len(owner[g])
+                first = g % peers * local
+                expert_PR = blocks[g, :used, :, 1]
+                own = expert_PR == first + owner[g][:, None] + 1
+                assert (own | (expert_PR == 0)).all() and (blocks[g, used:] == 0).all()
+            flat = blocks.reshape(devices, -1, 2)
+            result = np.stack([taken(r, rows.reshape(-1)) for r, rows in zip(flat, plan.ungroup_AGXS[a])])
+        back = swapped(result.reshape(devices, peers, size, 2), peers).reshape(devices, -1, 2)
+        place_GM = plan.place_ABT[a].reshape(devices, tokens)
+        assert (np.stack([r[rows] for r, rows in zip(back, place_GM)]) == mark_GM2).all()
+
+
+def test_more_experts_than_fit_a_byte():
+    expert_ABT = np.random.default_rng(0).integers(0, 600, (1, 4, 50)).astype(np.int32)
+    plan = exchange(expert_ABT, 600, peers=4)
+    tokens = plan.send_AGXS[0]
+    for g in range(4):
+        for x in range(4):
+            got = expert_ABT[0, g][tokens[g, x][tokens[g, x] < 50]]
+            assert (got // 150 == x).all() and (np.diff(got) >= 0).all(), "sorted by expert"
+
+
+@given(tokens=st.integers(1, 10**6), peers=st.sampled_from([1, 2, 4, 8, 16, 64]), most=st.floats(0, 1))
+def test_a_ladder_holds_any_skew_on_few_rungs(tokens, peers, most):
+    rungs = ladder(tokens, peers)
+    assert 1 <= len(rungs) <= RUNGS and list(rungs) == sorted(set(rungs))
+    assert rungs[-1] == tokens, "all tokens of a device to one expert"
+    mean = tokens / peers
+    need = mean + most * (3 * mean - mean)
+    size = next((rung for rung in rungs if rung >= need), tokens)
+    assert size <= 1.11 * need + 4 or size <= mean + 2 * mean**0.5 + 4, "up to three times the mean, 11 % at most"
+
+
+def test_rungs_lie_close_where_a_balanced_router_lands():
+    rng, rungs = np.random.default_rng(0), ladder(512, 8)
+    most = rng.multinomial(512, np.ones(8) / 8, (1000, 8)).max((1, 2))
+    size = np.array([next(rung for rung in rungs if rung >= m) for m in most])
+    assert np.mean(size / most) < 1.015
+
+
+@given(rows=st.integers(1, 10**5), local=st.integers(1, 64))
+def test_blocks_waste_little(rows, local):
+    r = block_rows(rows, local)
+    assert r % 8 == 0 and 8 <= r <= 512 and r <= rows / (8 * local) + 8
+
+
+def test_a_rung_can_be_asked_for():
+    expert_ABT = np.zeros((1, 8, 16), np.int32)
+    expert_ABT[..., ::2] = np.arange(8)
+    sizes = [exchange(expert_ABT, 8, peers=8, rows=rows).send_AGXS.shape[-1] for rows in (None, 3, 12, 16)]
+    assert sizes == [10, 10, 12, 16], "never below what the batch needs"
+
+
+def test_exchange_refuses_what_it_cannot_plan():
+    ids = np.zeros((1, 4, 6), np.int32)
+    with pytest.raises(ConfigError, match="experts=6 must be a multiple of the mesh's expert=4"):
+        exchange(ids, 6, peers=4)
+    with pytest.raises(ConfigError, match="batch=4 must be a multiple of the mesh's 8 batch devices"):
+        exchange(ids, 8, data=2, peers=4)
+    for bad in (-1, 8):
+        with pytest.raises(ConfigError, match=r"must lie in 0\.\.7"):
+            exchange(ids + bad, 8, peers=4)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from readme_jax.config import ModelConfig
-from readme_jax.models import experts
+from readme_jax.models import experts, parallel
 from readme_jax.models.experts import ExpertTable, Route
 from readme_jax.models.layers import (
     ACTIVATION,
@@ -134,6 +134,13 @@ def param_specs(cfg: ModelConfig) -> Params:
 def place(cfg: ModelConfig, params: Params) -> Params:
     """Put host parameters on the current mesh by the sharding table."""
     return jax.tree.map(put, params, param_specs(cfg))
+
+
+def place_separate(cfg: ModelConfig, params: Params, count: int) -> Params:
+    """Put host parameters with `count` separate experts on the current mesh, whole experts to a device: the FFN's
+    [L, E * C, D] as [L, E, C, D]. `parallel.flat_layout` of what comes back to the host undoes it."""
+    specs = parallel.separate_specs(param_specs(cfg))
+    return jax.tree.map(put, parallel.separate_layout(params, count), specs)
 
 
 def merge(cfg: ModelConfig, params: Params) -> Backbone:

@@ -1,7 +1,8 @@
-"""The FFN with carved experts: dense, `masked` and `grouped`, one signature, equal results (DESIGN sections 3 and 4).
+"""The FFN with carved experts: dense, `masked`, `grouped`, `parallel`: one signature, equal results (DESIGN 3, 4).
 
 The channel bank of a layer is `w_gate_FD, w_up_FD, w_down_FD` (row j is channel j); the expert table lists the channel
-ids of each expert. Every token runs the channels of ONE expert, the same expert in every layer.
+ids of each expert. Every token runs the channels of ONE expert, the same expert in every layer. On a mesh, separate
+experts may lie apart, [E, C, D] in place of [F, D]: they run the `parallel` way only.
 """
 
 import dataclasses
@@ -11,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.config import ConfigError, require
+from readme_jax.models import parallel
+from readme_jax.models.parallel import Parallel
 from readme_jax.routing import membership
 from readme_jax.sharding import REPLICATED, batch_devices, model_devices, put, spec
 
@@ -53,7 +56,7 @@ class Grouped:
     row_M: jax.Array
 
 
-Route = Masked | Grouped
+Route = Masked | Grouped | Parallel
 
 
 def make_table(table_LEC: np.ndarray, mlp: int) -> ExpertTable:
@@ -158,6 +161,14 @@ def run(x_BTD: jax.Array, layer, table: ExpertTable | None, route: Route | None)
             return dense(x_BTD, layer)[0]
         if table is None:
             raise ConfigError("a route needs an expert table; this model is dense")
+        apart = layer.w_gate[...].ndim == 3
+        require(
+            apart == isinstance(route, Parallel),
+            "ffn=parallel runs separate experts placed [E, C, D], and they run no other way: "
+            f"this bank is {layer.w_gate[...].shape}, the route {type(route).__name__}",
+        )
+        if isinstance(route, Parallel):
+            return parallel.ffn(x_BTD, layer, route)
         if isinstance(route, Masked):
             return masked(x_BTD, layer, table.mask_LEU, route.expert_BT)
         require(batch_devices() * model_devices() == 1, "ffn=grouped runs on one device; use ffn=masked on this mesh")
