@@ -71,9 +71,8 @@ def test_expert_step(counted, fields, accum):
     step = steps.make_expert_step(CFG, HeadLoss(phase.kd_weight, phase.ce_weight, 64), TX)
     # equal shares, so that `grouped` has no empty rows
     route = steps.plan(np.arange(accum * BATCH * SEQ).reshape(accum, BATCH, SEQ) % 4, 4, phase.way, put=put)
-    got = counted(
-        step, steps.start(student, TX), frozen, params if phase.kd_weight else None, table(), batch(accum) | {"route": route}
-    )  # fmt: skip
+    teacher = params if phase.kd_weight else None
+    got = counted(step, steps.start(student, TX), frozen, teacher, table(), batch(accum) | {"route": route})
     ours = flops.train_flops_per_token(CFG, EXPERTS, phase, SEQ) * accum * BATCH * SEQ
     assert got == pytest.approx(ours, rel=0.1)
 
