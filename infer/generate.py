@@ -52,21 +52,18 @@ def main(argv: list[str] | None = None) -> None:
     prompts = list(config.prompts) or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     require(bool(prompts), "prompts: none given, on the command line or on standard input", ConfigError)
     model = api.load(config.model)
+    require(not config.experts or model.experts is not None, f"experts: {config.model} is dense, it has none")
     watch = Stopwatch()
     with progress(len(prompts) * config.max_new_tokens, "generate") as bar:
-        texts = model.generate(
-            prompts,
-            **config.sampling(),
-            chat=config.chat,
-            on_token=lambda row, token: bar.update(1),
-        )
-        made = bar.n
-    for prompt, text in zip(prompts, texts):
-        print(f"> {prompt}\n{text}\n")
-        if config.experts and model.experts is not None:
-            ids = model.tokenizer(prompt + text)["input_ids"]
-            print("experts:", " ".join(map(str, model.route([ids])[0].tolist())), "\n")  # type: ignore[index]
-    print(f"{made} tokens, {made / watch.seconds:.1f} tokens/s with compilation", file=sys.stderr)
+        ids = [model.encode(prompt, config.chat) for prompt in prompts]
+        made = model.generate(ids, **config.sampling(), on_token=lambda row, token: bar.update(1))
+    for prompt, start, new in zip(prompts, ids, made):
+        print(f"> {prompt}\n{model.tokenizer.decode(new, skip_special_tokens=True)}\n")
+        experts = model.route([[*start, *new]]) if config.experts else None
+        if experts is not None:
+            print("experts:", " ".join(map(str, experts[0].tolist())), "\n")
+    count = sum(map(len, made))
+    print(f"{count} tokens, {count / watch.seconds:.1f} tokens/s with compilation", file=sys.stderr)
 
 
 if __name__ == "__main__":

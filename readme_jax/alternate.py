@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 
 from readme_jax import artifacts
-from readme_jax.config import RouterConfig, require
+from readme_jax.config import RouterConfig, free, require
 from readme_jax.data import Batches, Records
 from readme_jax.losses import LabelConfig
 from readme_jax.models.backbone import Remat
@@ -42,7 +42,13 @@ class RouterPhase:
     """Tune on this many records only, equally many of each domain, several times over if there are more steps: labels
     cost a dense forward pass each. 0: all."""
     label_batch: int = 1
-    """Records of one labelling pass; a multiple of the mesh's batch devices."""
+    """Records of one labelling pass; a multiple of the mesh's batch devices. With teacher=current a microbatch is
+    labelled at a time, and this must stay 1."""
+
+    def __post_init__(self):
+        cached = self.teacher == "original"
+        require(self.label_batch >= 1, f"label_batch={self.label_batch} must be at least 1")
+        require(cached or self.label_batch == 1, f"label_batch={self.label_batch} has no meaning with teacher=current")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,13 +100,13 @@ class AlternateConfig:
     """Expert tuning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the backbone; parameters and optimizer state stay float32."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = free(MeshConfig())
     """Devices on each mesh axis."""
     seed: int = 0
     """Seed of data order and router initialisation."""
-    checkpoint_minutes: float = 5.0
+    checkpoint_minutes: float = free(5.0)
     """Minutes between two checkpoints of an unfinished run; a phase's end is always saved."""
-    tensorboard: bool = False
+    tensorboard: bool = free(False)
     """Also write TensorBoard events into the result folder."""
 
     def __post_init__(self):

@@ -60,7 +60,10 @@ class Model:
         return frozenset(i for i in [*found, self.tokenizer.eos_token_id] if i is not None)
 
     def _ids(self, ids_BT) -> tuple[np.ndarray, np.ndarray, int]:
-        ids_BT = np.asarray(ids_BT)
+        try:
+            ids_BT = np.asarray(ids_BT)
+        except ValueError:  # rows of different lengths
+            raise DataError("ids must be [B, T]: rows of equal length; call once for each length") from None
         require(
             ids_BT.ndim == 2 and ids_BT.size > 0, f"ids must be [B, T] and not empty, got {ids_BT.shape}", DataError
         )
@@ -112,9 +115,11 @@ class Model:
         items = [prompts] if single else list(prompts)
         text = bool(items) and all(isinstance(p, str) for p in items)
         require(text or not chat, "chat=True needs text prompts", DataError)
-        ids = [self._encode(p, chat) if isinstance(p, str) else [int(i) for i in p] for p in items]
+        rule = "prompts must be a text, a list of texts, or a list of lists of token ids"
+        ids = [self.encode(p, chat) if isinstance(p, str) else _whole_numbers(p, rule) for p in items]
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-        stop = frozenset(stop_tokens) if stop_tokens is not None else self.stop_tokens
+        rule = f"stop_tokens={stop_tokens!r} must be a list of token ids"
+        stop = frozenset(_whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
         decoder = Decoder(self.config, self.router_config, sampling)
         with jax.set_mesh(self._mesh):
             out = generation.generate(decoder, self._weights, ids, stop, on_token)
@@ -123,7 +128,8 @@ class Model:
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in out]
         return texts[0] if single else texts
 
-    def _encode(self, prompt: str, chat: bool) -> list[int]:
+    def encode(self, prompt: str, chat: bool = False) -> list[int]:
+        """Token ids of a text, or of it as a user's turn in the chat template (DataError when there is none)."""
         if not chat:
             return self.tokenizer(prompt)["input_ids"]
         require(
@@ -132,6 +138,14 @@ class Model:
         turn = [{"role": "user", "content": prompt}]
         rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _whole_numbers(values: Any, rule: str) -> list[int]:
+    """A list of ints; DataError with `rule` for anything else."""
+    array = np.asarray(values) if isinstance(values, list | tuple | np.ndarray) else None
+    good = array is not None and array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer))
+    require(good, rule, DataError)
+    return [int(i) for i in values]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

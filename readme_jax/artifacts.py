@@ -40,12 +40,34 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def content(folder: Path) -> dict[str, list]:
+    """Size, time of change (ns) and sha256 of the files of a model folder that an import reads, by name."""
+    paths = _model_files(folder).values()
+    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, sha256(p)] for p in paths}
+
+
+def _model_files(folder: Path) -> dict[str, Path]:
+    kinds = (".safetensors", ".json", ".model", ".txt", ".jinja")
+    return {p.name: p for p in sorted(Path(folder).iterdir()) if p.is_file() and p.suffix in kinds}
+
+
+def changed(folder: Path, then: dict[str, list]) -> str:
+    """Name of the first file that is not as `content` saw it, "" for none. A new time alone is no change: only then
+    is the file read."""
+    now = _model_files(folder)
+    for name in sorted(now.keys() | then.keys()):
+        if name not in now or name not in then:
+            return name
+        stat, (size, time, digest) = now[name].stat(), then[name]
+        if stat.st_size != size or (stat.st_mtime_ns != time and sha256(now[name]) != digest):
+            return name
+    return ""
+
+
 def fingerprint(config: Any, parents: dict[str, Path]) -> str:
     """Identity of a result: its config and the content of its parents. Where they lie and where it goes is left out."""
     heads = {name: parent_identity(path) for name, path in sorted(parents.items())}
-    fields = _result_fields(config)
-    if isinstance(fields, dict):
-        fields = {key: value for key, value in fields.items() if key not in parents}
+    fields = {key: value for key, value in _result_fields(config).items() if key not in parents}
     text = json.dumps({"config": fields, "parents": heads}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -56,9 +78,12 @@ def parent_identity(path: Path) -> str:
     return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
 
 
-def _result_fields(config: Any) -> Any:
-    data = to_dict(config)
-    return {k: v for k, v in data.items() if k not in ("out", "parents")} if isinstance(data, dict) else data
+def _result_fields(config: Any) -> dict[str, Any]:
+    """The fields that decide the result, by name: not where it goes, nor what `config.free` marks."""
+    spare = {"out"}
+    if dataclasses.is_dataclass(config):
+        spare |= {field.name for field in dataclasses.fields(config) if field.metadata.get("free")}
+    return {key: value for key, value in to_dict(config).items() if key not in spare}
 
 
 def versions() -> dict[str, str]:
@@ -109,24 +134,20 @@ def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
         ArtifactError,
     )
     manifest = verify(folder)
-    mine = fingerprint(config, parents)
-    same = manifest["stage"] == stage and manifest["fingerprint"] == mine
-    require(
-        same,
-        f"out={folder} belongs to another run (stage {manifest['stage']}, "
-        f"{_difference(manifest, stage, config, parents)}); "
-        "choose another folder",
-        ArtifactError,
-    )
+    other = _difference(manifest, stage, config, parents)
+    require(not other, f"out={folder} belongs to another run ({other}); choose another folder", ArtifactError)
     return True
 
 
-def _difference(manifest: dict, stage: str, config: Any, parents: dict[str, Path]) -> str:
-    old, new = manifest["config"], _result_fields(config)
+def _difference(made: dict, stage: str, config: Any, parents: dict[str, Path]) -> str:
+    """What sets the run that `made` (its stage, config, fingerprint) stands for apart from this one; "" for nothing."""
+    if made["stage"] == stage and made["fingerprint"] == fingerprint(config, parents):
+        return ""
+    old, new = made["config"], _result_fields(config)
     for key in sorted(new, key=lambda key: key in parents):  # paths of inputs last: they may differ and not matter
-        if manifest["stage"] == stage and old.get(key) != new[key]:
-            return f"{key}={old.get(key)!r} there, {new[key]!r} here"
-    return "other inputs"
+        if made["stage"] == stage and old.get(key) != new[key]:
+            return f"stage {stage}, {key}={old.get(key)!r} there, {new[key]!r} here"
+    return f"stage {made['stage']}, other inputs"
 
 
 @dataclasses.dataclass
@@ -148,23 +169,26 @@ def building(
 ) -> Iterator[Work]:
     """Build `folder` beside itself (`.<name>.partial`); on a clean exit hash, write the manifest, rename whole.
 
-    The parents' hashes are checked first. The partial folder survives a kill when it carries the same fingerprint, so a
-    stage may go on from what it finds there; one of another run is cleared. Bad input leaves nothing of a folder begun
-    here. A full disk leaves no result and raises ArtifactError. `resolved`: what config.yaml holds, where a program's
-    whole config is more than `config`.
+    The parents' hashes are checked first. The partial folder survives a kill, and the same run goes on from what it
+    finds there; one of another run raises ArtifactError, since hours of work may lie in it. Bad input leaves nothing
+    of a folder begun here. A full disk leaves no result and raises ArtifactError. `resolved`: what config.yaml holds,
+    where a program's whole config is more than `config`.
     """
     for parent in parents.values():
         verify(parent, hashes=True)
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    mark, mine = partial / "fingerprint", fingerprint(config, parents)
-    fresh = False
+    mark = partial / "run.json"
+    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
+    fresh = not mark.is_file()  # killed before its mark was written: nothing else is there yet
+    if not fresh:
+        other = _difference(json.loads(mark.read_text()), stage, config, parents)
+        advice = f"an unfinished result of another run is in {partial}; choose another out, or remove that folder"
+        require(not other, f"{advice} ({other})", ArtifactError)
     try:
-        if partial.exists() and not (mark.is_file() and mark.read_text() == mine):
-            shutil.rmtree(partial)
-        fresh = not partial.exists()
         partial.mkdir(parents=True, exist_ok=True)
-        mark.write_text(mine)
+        if fresh:
+            write_text(mark, json.dumps(mine))
         work = Work(partial, {})
         yield work
         save_yaml(config if resolved is None else resolved, partial / "config.yaml")
@@ -176,9 +200,7 @@ def building(
             if p.name != MANIFEST and Path(name).parts[0] not in scratch
         }
         manifest = {
-            "stage": stage,
-            "fingerprint": mine,
-            "config": _result_fields(config),
+            **mine,
             "parents": {name: str(path) for name, path in parents.items()},
             "versions": versions(),
             "info": work.info,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax.config import ModelConfig, require
+from readme_jax.config import ModelConfig, free, require
 from readme_jax.models import backbone
 from readme_jax.sharding import MeshConfig
 
@@ -29,7 +29,7 @@ class CalibrateConfig:
     """Records of one forward pass; a multiple of the mesh's batch devices."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Compute dtype of the forward pass; statistics are summed in float32 and float64."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = free(MeshConfig())
     """Devices on each mesh axis; the batch is split over data and expert."""
 
     def __post_init__(self):
@@ -74,13 +74,15 @@ class Accumulator:
         self.sums = {name: np.zeros((layer, mlp)) for name in SUMS}
         self.tokens = 0
         self.batches = 0
+        self.seconds = 0.0
 
-    def add(self, sums: dict[str, jax.Array]) -> None:
-        """Add the sums of one batch."""
+    def add(self, sums: dict[str, jax.Array], seconds: float) -> None:
+        """Add the sums of one batch and the time it took."""
         for name in SUMS:
             self.sums[name] += np.asarray(sums[name], np.float64)
         self.tokens += int(sums["tokens"])
         self.batches += 1
+        self.seconds += seconds
 
     def means(self) -> dict[str, np.ndarray]:
         """float32 means per token, [L, F] each."""
@@ -88,9 +90,11 @@ class Accumulator:
 
     def state(self) -> dict[str, np.ndarray]:
         """Arrays that `restore` reads back."""
-        return {**self.sums, "counts": np.array([self.tokens, self.batches], np.int64)}
+        counts = np.array([self.tokens, self.batches], np.int64)
+        return {**self.sums, "counts": counts, "seconds": np.array(self.seconds)}
 
     def restore(self, state: dict[str, np.ndarray]) -> None:
         """Continue from a stored state."""
         self.sums = {name: np.array(state[name]) for name in SUMS}
         self.tokens, self.batches = (int(v) for v in state["counts"])
+        self.seconds = float(state["seconds"])

@@ -15,6 +15,7 @@ import numpy as np
 
 from readme_jax import artifacts, hf
 from readme_jax.config import ArtifactError, CheckpointError, ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.routing import membership
 from readme_jax.statistics import Importance, Statistics, importance, load_statistics, merged
 from readme_jax.statistics import save_statistics as save_statistics
 
@@ -89,13 +90,6 @@ def choose(
         importance_MLF = np.tensordot(weights_M / weights_M.sum(), importance_MLF.astype(np.float64), 1)[None]
     ranked_MLF = np.argsort(-importance_MLF, axis=-1, kind="stable")  # stable: equal values keep the order of ids
     return np.sort(ranked_MLF[..., :channels], axis=-1).swapaxes(0, 1).astype(np.int32)
-
-
-def membership(experts_LEC: np.ndarray, mlp: int) -> np.ndarray:
-    """bool [L, E, F]: expert e of layer l has channel j. Leading axes may be missing (experts [E, C] -> [E, F])."""
-    member = np.zeros((*experts_LEC.shape[:-1], mlp), bool)
-    np.put_along_axis(member, experts_LEC.astype(np.int64), True, axis=-1)
-    return member
 
 
 def permutation(experts_EC: np.ndarray, mlp: int) -> np.ndarray:

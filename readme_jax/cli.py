@@ -4,11 +4,12 @@ Nothing heavy is imported before the stage is known, so `--help`, `--version` an
 """
 
 import contextlib
+import gc
 import importlib
 import importlib.metadata
 import io
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from readme_jax.config import ConfigError, ReadMeError, load_yaml, require
@@ -19,6 +20,7 @@ STAGES = {
     "data": ("readme_jax.train.prepare", "text by domain, tokenised and packed into records"),
     "calibrate": ("readme_jax.train.calibrate", "activation statistics of the FFN channels by domain"),
     "carve": ("readme_jax.train.carve", "statistics into experts: a permuted model and its expert table"),
+    "separate": ("readme_jax.train.separate", "tied experts into experts that own their rows"),
     "alternate": ("readme_jax.train.alternate", "train router and experts in turns"),
     "evaluate": ("readme_jax.train.evaluate", "perplexity by domain and routing statistics on held-out text"),
     "generate": ("readme_jax.infer.generate", "text from a dense or carved model"),
@@ -41,12 +43,28 @@ def parse(cls: type, argv: list[str] | None, description: str, *, prog: str | No
     values = {} if path is None else {"default": load_yaml(cls, path)}
     text = io.StringIO()
     try:
-        with contextlib.redirect_stderr(text):
+        with contextlib.redirect_stderr(text), _no_collection():
             return tyro.cli(cls, args=rest, description=usage, prog=prog, **values)
     except SystemExit as stop:
         if not stop.code:
             raise
         raise ConfigError(_one_line(text.getvalue())) from None
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Keep the garbage collector out of the block.
+
+    tyro reads docstrings by `ast.parse`. CPython 3.11 and 3.12.0 raise SystemError (gh-106905) when a finalizer that
+    the collector runs inside it parses too, as formatting a traceback does.
+    """
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was:
+            gc.enable()
 
 
 def _take_config(argv: list[str]) -> tuple[str | None, list[str]]:

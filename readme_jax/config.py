@@ -43,6 +43,14 @@ def require(ok: bool, message: str, error: type[ReadMeError] = ConfigError) -> N
         raise error(message)
 
 
+def free(default: Any) -> Any:
+    """A dataclass field that decides how or where a stage runs, not what comes out: no part of a result's identity.
+
+    A run may be resumed, or a finished result asked for again, with another value.
+    """
+    return dataclasses.field(default=default, metadata={"free": True})
+
+
 # ---- the model --------------------------------------------------------------------------------
 
 
@@ -208,6 +216,8 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
             not isinstance(value, bool) and isinstance(value, int | float | str),
             f"{where}: expected a number, got {value!r}",
         )
+        if hint is int and isinstance(value, int):
+            return value  # as it is: a float holds whole numbers up to 2^53 only
         try:
             number = float(value)
         except ValueError:

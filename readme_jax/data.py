@@ -33,13 +33,11 @@ __all__ = [
     "DataConfig",
     "DomainConfig",
     "Records",
-    "check_tokenizer",
     "documents",
     "eval_batches",
     "load_tokenizer",
     "open_records",
     "pack",
-    "positions",
     "prepare",
 ]
 
@@ -60,8 +58,6 @@ class DataConfig:
     """Tokens of the test split per domain; 0 writes none."""
     calibration_tokens: int
     """Tokens for calibration per domain, the first of the train split (never of the test split); 0 writes none."""
-    seed: int = 0
-    """Seed that is written down with the records; the split itself depends on the text alone."""
 
     def __post_init__(self):
         require(bool(self.domains), "domains is empty; at least one is needed")
@@ -73,7 +69,6 @@ class DataConfig:
             require(getattr(self, field) >= 0, f"{field}={getattr(self, field)} must be 0 or more")
         require(any(self.tokens.values()), "train_tokens, eval_tokens and calibration_tokens are all 0")
         require(any(d.weight for d in self.domains.values()), "domains: every weight is 0")
-        require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0 .. 2**32 - 1")
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -108,12 +103,6 @@ def load_tokenizer(folder: str | Path) -> "PreTrainedTokenizerFast":
     return tokenizer
 
 
-def check_tokenizer(tokenizer: "PreTrainedTokenizerFast", vocab: int) -> None:
-    """DataError unless the tokenizer's vocabulary (added tokens apart) fits a model of `vocab` rows."""
-    size = tokenizer.vocab_size
-    require(size <= vocab, f"tokenizer: its vocabulary of {size} does not fit the model's vocab={vocab}", DataError)
-
-
 # ---- the artifact -----------------------------------------------------------------------------
 
 
@@ -128,12 +117,11 @@ def prepare(
 ) -> Path:
     """Tokenise and pack every domain into the artifact `out` (stage "data"); goes on after a kill, domain by domain.
 
-    vocab: rows of the model's embedding. resolved: the program's whole config, written beside the result. Sources are
-    found (fallback text: fetched) before anything is written. ConfigError, SourceError, DataError or ArtifactError; a
-    finished `out` of the same inputs is returned as it is.
+    vocab: rows of the model's embedding, which the tokenizer has been checked against. resolved: the program's whole
+    config, written beside the result. Sources are found (fallback text: fetched) before anything is written.
+    ConfigError, SourceError, DataError or ArtifactError; a finished `out` of the same inputs is returned as it is.
     """
     out, parents = Path(out), dict(parents or {})
-    check_tokenizer(tokenizer, vocab)
     if artifacts.finished(out, "data", config, parents):
         with contextlib.suppress(SourceError):  # text that has gone since does not make a finished result wrong
             same = artifacts.read_manifest(out)["info"]["inputs"] == _inputs(config, tokenizer, vocab)
@@ -332,12 +320,3 @@ def eval_batches(records: Mapping[str, Records], batch: int) -> Iterator[dict[st
             domains_B = np.full(batch, at, np.int32)
             yield {"ids": ids_BT, "segments": segments_BT, "domains": domains_B, "index": index_B}
         offset += len(own)
-
-
-def positions(segments_BT: np.ndarray) -> np.ndarray:
-    """Position of each token in its segment: int32 of the same shape [..., T], restarting at 0 with every segment."""
-    segments_BT = np.asarray(segments_BT)
-    at_T = np.arange(segments_BT.shape[-1], dtype=np.int32)
-    first_BT = np.ones(segments_BT.shape, bool)
-    first_BT[..., 1:] = segments_BT[..., 1:] != segments_BT[..., :-1]
-    return at_T - np.maximum.accumulate(np.where(first_BT, at_T, 0), axis=-1)

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import losses
-from readme_jax.config import ModelConfig, RouterConfig, require
+from readme_jax.config import ModelConfig, free, require
 from readme_jax.losses import LabelConfig
-from readme_jax.models import backbone, router
+from readme_jax.models import backbone
 from readme_jax.models.experts import Masked
 from readme_jax.sharding import MeshConfig
 
@@ -38,13 +38,14 @@ class EvaluateConfig:
     """With the arm `dense`: also label every token, and report how often the router agrees."""
     batch: int = 1
     """Records of one forward pass; a multiple of the mesh's batch devices."""
-    mesh: MeshConfig = MeshConfig()
+    mesh: MeshConfig = free(MeshConfig())
     """Devices on each mesh axis."""
 
     def __post_init__(self):
         require(len(self.arms) > 0, "arms: at least one is needed")
         require(len(set(self.arms)) == len(self.arms), f"arms={self.arms} names an arm twice")
         require(self.labels is None or "dense" in self.arms, "labels: need the arm dense, whose run is labelled")
+        require(self.router is None or "routed" in self.arms, "router: has no meaning without the arm routed")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 
 
@@ -67,11 +68,6 @@ def make_losses(cfg: ModelConfig, labels: LabelConfig | None = None, *, chunk: i
         return loss_B, weight_B, label_BT
 
     return evaluate
-
-
-def make_route(router_cfg: RouterConfig, theta: float):
-    """jitted (router params, ids_BT, segments_BT) -> int32 experts [B, T]."""
-    return jax.jit(lambda params, ids_BT, segments_BT: router.route(router_cfg, params, ids_BT, segments_BT, theta))
 
 
 class Routing:

@@ -22,7 +22,8 @@ from readme_jax.config import (
     to_dict,
 )
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
+NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
+FAMILIES = tuple(NAMES)
 _REQUIRED = object()
 
 
@@ -216,10 +217,18 @@ def config_to_hf(
     return out
 
 
+def plain_config(data: dict[str, Any]) -> dict[str, Any]:
+    """config.json of an exported folder without what `export` added: plain model type and class, no code files."""
+    if not str(data.get("model_type", "")).startswith("readme_"):
+        return data
+    family = data["model_type"].removeprefix("readme_")
+    out = {key: value for key, value in data.items() if key not in ("auto_map", "base_model_type")}
+    return out | {"architectures": [f"{NAMES[family]}ForCausalLM"], "model_type": family}
+
+
 def _whole(cfg: ModelConfig) -> dict[str, Any]:
-    names = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
     out: dict[str, Any] = {
-        "architectures": [f"{names[cfg.family]}ForCausalLM"],
+        "architectures": [f"{NAMES[cfg.family]}ForCausalLM"],
         "model_type": cfg.family,
         "hidden_act": "silu",
         "vocab_size": cfg.vocab,

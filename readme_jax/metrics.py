@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
@@ -76,6 +77,15 @@ def progress(total: int, name: str, unit: str = "tok", initial: int = 0) -> tqdm
         dynamic_ncols=live,
         ascii=not live,
     )
+
+
+def layers(items: Iterable[int], name: str) -> Iterator[int]:
+    """The items one by one under a progress bar that counts layers."""
+    items = list(items)
+    with progress(len(items), name, "layer") as bar:
+        for item in items:
+            yield item
+            bar.update()
 
 
 def peak_memory_gb() -> float:

@@ -1,6 +1,16 @@
-"""Routing plans from expert ids that the host knows before the backbone runs: pure NumPy, one plan for all layers."""
+"""Expert tables and routing plans on the host: pure NumPy.
+
+Expert ids are known before the backbone runs, so one plan serves all layers.
+"""
 
 import numpy as np
+
+
+def membership(experts_LEC: np.ndarray, width: int) -> np.ndarray:
+    """bool [L, E, width]: expert e of layer l has channel j. Leading axes may be missing ([E, C] -> [E, width])."""
+    member = np.zeros((*experts_LEC.shape[:-1], width), bool)
+    np.put_along_axis(member, experts_LEC.astype(np.int64), True, axis=-1)
+    return member
 
 
 def bucket(value: int, step: int) -> int:

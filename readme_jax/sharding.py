@@ -61,7 +61,9 @@ def make_mesh(config: MeshConfig = MeshConfig()) -> jax.sharding.Mesh:
     """The mesh of a run over the local devices; ConfigError when they do not suffice."""
     count = jax.device_count()
     fixed = config.expert * config.model
-    require(min(config.expert, config.model) >= 1, f"mesh {config} needs at least 1 on expert and model")
+    for name in ("expert", "model"):
+        require(getattr(config, name) >= 1, f"mesh.{name}={getattr(config, name)} must be at least 1")
+    require(config.data >= 0, f"mesh.data={config.data} must be at least 1, or 0 for all devices that are left")
     data = config.data or max(count // fixed, 1)
     shape = (data, config.expert, config.model)
     need = int(np.prod(shape))
@@ -127,8 +129,3 @@ def put_parts(
         return parts[key]
 
     return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, whole), part, dtype)
-
-
-def put_tree(tree: Any, specs: Any) -> Any:
-    """Place a tree of host arrays by a tree of specs of the same structure."""
-    return jax.tree.map(put, tree, specs)

@@ -1,14 +1,18 @@
 """The facade: NumPy in, NumPy out, whatever kind of folder was opened."""
 
+import json
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from stages import differing
 
 import readme_jax
 from readme_jax import api, export, hf
 from readme_jax.config import CheckpointError, ConfigError, DataError, SourceError
+from readme_jax.infer import generate
+from readme_jax.train import import_hf
 
 IDS = np.random.default_rng(1).integers(0, 384, (2, 40))
 
@@ -121,3 +125,33 @@ def test_import_is_lazy():
     with pytest.raises(AttributeError, match="no attribute 'loda'"):
         readme_jax.loda  # noqa: B018
     assert readme_jax.Model is api.Model and readme_jax.Sampling is api.Sampling
+
+
+def test_what_is_no_prompt(models):
+    model = models["tuned"]
+    for prompts in ([1, 2, 3], [[1.5]], [["one"]], [None], [[[1]]], ["one", 2]):
+        with pytest.raises(DataError, match="prompts must be a text, a list of texts, or a list of lists"):
+            model.generate(prompts, max_new_tokens=1)
+    for stop in (0, [1.5], "0"):
+        with pytest.raises(DataError, match="stop_tokens=.* must be a list of token ids"):
+            model.generate("one", max_new_tokens=1, stop_tokens=stop)
+    for run in (model.logits, model.route):
+        with pytest.raises(DataError, match="rows of equal length"):
+            run([[1, 2, 3], [4, 5]])
+
+
+def test_an_exported_folder_comes_back_as_it_was(stages, tmp_path):
+    exported = export.export(stages.tuned, tmp_path / "exported")
+    import_hf.main(["--source", str(exported), "--out", str(tmp_path / "back")])
+    assert differing(tmp_path / "back", stages.tuned) == set()
+    config, was = (json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "back", stages.tuned))
+    assert config == was, "nothing of the export's own classes stays"
+
+
+def test_generate_shows_the_experts_of_what_ran(stages, models, capsys):
+    generate.main(["--model", str(stages.tuned), "--prompts", "one two three", "--max-new-tokens", "9", "--experts"])
+    shown = capsys.readouterr().out.split("experts: ")[1].split()
+    model = models["tuned"]
+    ids = model.encode("one two three")
+    ran = [*ids, *model.generate([ids], max_new_tokens=9)[0]]
+    assert list(map(int, shown)) == model.route([ran])[0].tolist() and len(shown) == len(ran)

@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from readme_jax import artifacts
-from readme_jax.config import ArtifactError, DataError
+from readme_jax.config import ArtifactError, DataError, free
 from readme_jax.metrics import NonFiniteError
 
 
@@ -22,6 +22,7 @@ class Config:
     out: Path
     model: Path | None = None
     steps: int = 3
+    minutes: float = free(5.0)
 
 
 def make(out, text="tensor", parents=None, **options):
@@ -50,7 +51,9 @@ def test_a_whole_result(tmp_path):
     assert manifest["parents"] == {"model": str(parent)} and {"python", "jax"} <= set(manifest["versions"])
     assert manifest["files"]["sub/weights"] == {"bytes": 6, "sha256": artifacts.sha256(out / "sub" / "weights")}
     assert sorted(manifest["files"]) == ["config.yaml", "sub/weights"]
-    assert yaml.safe_load((out / "config.yaml").read_text()) == {"out": str(out), "model": str(parent), "steps": 3}
+    assert yaml.safe_load((out / "config.yaml").read_text()) == {
+        "out": str(out), "model": str(parent), "steps": 3, "minutes": 5.0,
+    }  # fmt: skip
     assert sorted(p.name for p in out.parent.iterdir()) == ["out"], "nothing beside it"
 
 
@@ -59,6 +62,7 @@ def test_an_empty_folder_is_taken_another_run_is_not(tmp_path):
     out.mkdir()
     assert not finished(out)
     make(out)
+    assert finished(out, minutes=1.0), "how it was made does not matter"
     with pytest.raises(ArtifactError, match="belongs to another run .stage stage, steps=3 there, 4 here.; choose"):
         finished(out, steps=4)
     with pytest.raises(ArtifactError, match="belongs to another run .stage stage, other inputs"):
@@ -97,13 +101,25 @@ def test_a_kill_leaves_what_was_done_for_the_same_run(tmp_path):
             (work.path / "half").write_text("done so far")
             raise RuntimeError(json.dumps(seen))
 
-    for options, seen in (({}, ["fingerprint"]), ({}, ["fingerprint", "half"]), ({"steps": 4}, ["fingerprint"])):
+    for options, seen in (({}, ["run.json"]), ({}, ["half", "run.json"]), ({"minutes": 1.0}, ["half", "run.json"])):
         with pytest.raises(RuntimeError) as stop:
             begin(**options)
         assert json.loads(str(stop.value)) == seen and partial.is_dir() and not out.exists()
-    make(out, steps=4)
+    before = sorted(partial.iterdir())
+    with pytest.raises(
+        ArtifactError, match=r"unfinished result of another run is in .*\.out\.partial; .*steps=3 there, 4"
+    ):
+        begin(steps=4)
+    assert sorted(partial.iterdir()) == before, "hours of work may lie in it"
+    make(out)
     assert (out / "half").read_text() == "done so far" and not partial.exists()
-    assert "fingerprint" not in artifacts.verify(out, hashes=True)["files"]
+    assert "run.json" not in artifacts.verify(out, hashes=True)["files"]
+
+
+def test_a_kill_before_the_mark_is_written(tmp_path):
+    (tmp_path / ".out.partial").mkdir()
+    make(tmp_path / "out")
+    assert finished(tmp_path / "out")
 
 
 def test_bad_input_leaves_nothing_but_what_was_there(tmp_path):

@@ -9,11 +9,11 @@ import shutil
 import numpy as np
 import pytest
 import tiny
-from stages import ONE, tree
+from stages import ONE, differing, tree
 from test_sources import write_gguf
 
+from readme_jax import artifacts, cli
 from readme_jax import carve as carving
-from readme_jax import cli
 from readme_jax.alternate import LabelCache
 from readme_jax.train import alternate, calibrate
 
@@ -324,6 +324,9 @@ def test_alternate(stages, refused, tmp_path):
     alternate(["kd_weight=0.0, ce_weight=0.0", "not both 0"], experts__kd_weight=0)
     alternate(["router.batch=2 must be a multiple of the mesh's 8"], mesh__data=0)
     alternate(["mesh data=9", "needs 9 devices, there are 8"], mesh__data=9)
+    alternate(["mesh.data=-1 must be at least 1"], mesh__data=-1)
+    rule = ["router", "label_batch=2 has no meaning with teacher=current"]
+    alternate(rule, router__label_batch=2, router__teacher="current")
     alternate(["experts.way=grouped runs on one device"], mesh__data=2, experts__way="grouped")
     alternate(["router width=10 must be a multiple of 2 * heads=4"], router__shape__width=10)
     alternate(["experts.optim", "lr=-1.0 must be positive"], experts__optim__lr=-1)
@@ -345,6 +348,14 @@ def test_evaluate(stages, refused, tmp_path):
     evaluate(["'routd'", "arms"], stages.tuned, "--arms", "routd")
     evaluate(["arms=('dense', 'dense') names an arm twice"], stages.tuned, "--arms", "dense", "dense")
     evaluate(["its experts differ"], stages.tuned, "--router", stages.static)
+    evaluate(
+        ["router: has no meaning without the arm routed"], stages.tuned, "--router", stages.tuned, "--arms", "dense"
+    )
+    path = tmp_path / "labels.yaml"
+    path.write_text(
+        f"{{model: {stages.static}, data: {stages.data}, out: {tmp_path / 'out'}, labels: {{kind: energy}}}}"
+    )
+    refused(["labels:", "one choice for every token"], "evaluate", "--config", path)
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)
@@ -367,6 +378,7 @@ def test_generate(stages, refused):
     rule = ["prompt 0", "tokens + max_new_tokens=510 exceed the context of 512"]
     generate(rule, "--prompts", "one two three four", "--max-new-tokens", 510, early=False)
     generate(["3 experts but no router"], "--prompts", "one", folder=stages.carved)
+    generate(["is dense, it has none"], "--prompts", "one", "--experts", folder=stages.dense)
     generate(["/no/model", "no such folder or file"], "--prompts", "one", folder="/no/model")
 
 
@@ -400,11 +412,12 @@ def commands(stages, out):
         "carve": [*model, "--statistics", stages.statistics, "--out", out],
         "alternate": ["--config", stages.yaml("alternate", out)],
         "evaluate": ["--model", stages.tuned, *data, "--out", out, *ONE],
+        "separate": ["--model", stages.tuned, "--out", out],
         "export": ["--model", stages.tuned, "--out", out],
     }
 
 
-STAGES = ["import", "data", "calibrate", "carve", "alternate", "evaluate", "export"]
+STAGES = ["import", "data", "calibrate", "carve", "separate", "alternate", "evaluate", "export"]
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -421,6 +434,38 @@ def test_output_folder_of_another_run(stages, refused, tmp_path, stage):
     shutil.rmtree(out)
     out.write_text("a file")
     refused([f"out={out}", "a folder is needed"], stage, *argv)
+
+
+def test_an_unfinished_run_with_other_options_is_kept(stages, refused, tmp_path, monkeypatch):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+
+    def die(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "versions", die)
+        with pytest.raises(SystemExit):
+            cli.run(cli.dispatch, ["alternate", "--config", stages.yaml("alternate", out)])
+    assert (partial / "checkpoints").is_dir()
+    other = stages.yaml("alternate", out, seed=7)
+    refused([partial, "unfinished result of another run", "seed=0 there, 7 here"], "alternate", "--config", other)
+    cli.dispatch(["alternate", "--config", stages.yaml("alternate", out, checkpoint_minutes=1.5)])
+    assert differing(out, stages.tuned) == set(), "another pace of checkpoints is the same run"
+
+
+def test_import_notices_a_changed_source(stages, model, refused, tmp_path):
+    argv = ["--source", str(model), "--out", str(tmp_path / "out")]
+    cli.dispatch(["import", *argv])
+    for path in model.iterdir():
+        os.utime(path, (1, 1))
+    cli.dispatch(["import", *argv])  # another time alone is no change
+    weights = model / "model.safetensors"
+    raw = bytearray(weights.read_bytes())
+    raw[-3] ^= 1
+    weights.write_bytes(raw)
+    refused([weights, "changed since it was imported"], "import", *argv)
+    shutil.rmtree(model)
+    refused([model, "no such"], "import", "--source", model, "--out", tmp_path / "new")
 
 
 @pytest.mark.parametrize("stage", STAGES)

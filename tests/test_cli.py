@@ -114,6 +114,7 @@ def test_stages(monkeypatch, capsys):
         "data",
         "calibrate",
         "carve",
+        "separate",
         "alternate",
         "evaluate",
         "generate",

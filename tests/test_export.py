@@ -1,5 +1,7 @@
 """The exported PyTorch model against transformers' own dense model with hooks and the NumPy router of oracles.py."""
 
+import contextlib
+import inspect
 import json
 import shutil
 
@@ -13,6 +15,14 @@ from torch_folders import EPS, FAMILIES, HEADS, THETA, E, L, V, dense_logits, lo
 from readme_jax import artifacts, hf
 from readme_jax.config import ArtifactError, CheckpointError, ConfigError, ExpertConfig, ReadMeError
 from readme_jax.export import check_export, export
+
+# The same question as modeling_readme.py asks: transformers renamed the argument in 5.24.
+CACHE = "past_key_values"
+with contextlib.suppress(ImportError):
+    from transformers import LlamaForCausalLM
+
+    if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters:
+        CACHE = "cache"
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -74,8 +84,8 @@ def test_decoding_equals_the_full_forward(tmp_path, family):
     with torch.no_grad():
         full, cache, logits, experts = model(ids), None, [], []
         for t in range(ids.shape[1]):
-            step = model(ids[:, t : t + 1], past_key_values=cache, use_cache=True)
-            cache = step.past_key_values
+            step = model(ids[:, t : t + 1], **{CACHE: cache}, use_cache=True)
+            cache = step[CACHE]
             logits.append(step.logits)
             experts.append(step.expert_ids)
         assert torch.equal(torch.cat(experts, 1), full.expert_ids)
@@ -83,7 +93,7 @@ def test_decoding_equals_the_full_forward(tmp_path, family):
         # Cropping removes the router's tokens too: decoding again from the middle gives the same.
         if family != "mistral":
             cache.crop(-10)
-            again = model(ids[:, -10:], past_key_values=cache, use_cache=True)
+            again = model(ids[:, -10:], **{CACHE: cache}, use_cache=True)
             assert (again.logits - full.logits[:, -10:]).abs().max() < 1e-4
     pad = 9
     padded = torch.cat([torch.zeros(1, pad, dtype=torch.int64), ids[:1, : 70 - pad]], 1)
@@ -126,7 +136,7 @@ def test_given_experts_override_the_router(exported):
         got = model(ids, expert_ids=torch.from_numpy(expert_BT))
         np.testing.assert_allclose(got.logits.numpy(), dense_logits(folder, "llama", ids, table, expert_BT), atol=1e-4)
         # The router has kept up in the cache: the next token is routed as without the override.
-        last = model(ids[:, :1], past_key_values=got.past_key_values).expert_ids
+        last = model(ids[:, :1], **{CACHE: got[CACHE]}).expert_ids
         assert torch.equal(last, model.route(torch.cat([ids, ids[:, :1]], 1))[:, -1:])
         one = model(ids, expert_ids=torch.tensor(2))
         assert bool((one.expert_ids == 2).all()) and one.expert_ids.shape == ids.shape
@@ -180,10 +190,10 @@ def test_refused_calls(exported):
         model(ids, attention_mask=torch.ones(2, 3))
     with pytest.raises(ValueError, match="StaticCache"):
         model.generate(ids, max_new_tokens=2, cache_implementation="static")
-    foreign = model(ids).past_key_values
+    foreign = model(ids)[CACHE]
     foreign.layers = foreign.layers[:L]
     with pytest.raises(ValueError, match="70 tokens of the backbone but 0 of the router"):
-        model(ids[:, :1], past_key_values=foreign)
+        model(ids[:, :1], **{CACHE: foreign})
 
 
 def test_half_precision_keeps_the_routing(exported):

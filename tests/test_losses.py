@@ -13,8 +13,9 @@ from readme_jax import losses
 from readme_jax.config import ConfigError
 from readme_jax.losses import PAPER_LABELS, HeadLoss, LabelConfig
 from readme_jax.models import backbone
-from readme_jax.models.experts import make_table, membership
+from readme_jax.models.experts import make_table
 from readme_jax.models.layers import ACTIVATION
+from readme_jax.routing import membership
 from readme_jax.sharding import put
 from readme_jax.steps import make_label
 

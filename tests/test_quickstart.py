@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -216,5 +217,11 @@ def test_whole_run_with_an_interruption(stages, tmp_path, monkeypatch, capsys):
         patch.setattr(program, "show", lambda *_: pytest.fail("generated again"))
         program.main(argv)
     assert json.loads((out / "report.json").read_text()) == found
+    for lost in (out / "samples.json", out / "export.json"):  # what is kept beside the folders is made again
+        lost.unlink()
+    shutil.rmtree(out / "exported")
+    program.main(argv)
+    assert checked == [out / "exported"] * 2
+    assert json.loads((out / "report.json").read_text())["samples"] == found["samples"]
     with pytest.raises(ArtifactError, match="was begun with minutes=0.01, now 1.0"):
         program.main([*argv, "--minutes", "1"])

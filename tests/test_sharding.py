@@ -10,7 +10,7 @@ from readme_jax.config import ConfigError, ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import ExpertTable, Masked, make_table
-from readme_jax.sharding import AXES, MeshConfig, P, make_mesh, put, put_tree, spec, use_mesh
+from readme_jax.sharding import AXES, MeshConfig, P, make_mesh, put, spec, use_mesh
 
 
 def test_spec_maps_logical_axes():
@@ -36,13 +36,18 @@ def test_mesh_refusals(bad):
         make_mesh(bad)
 
 
+@pytest.mark.parametrize("bad", [{"data": -1}, {"expert": 0}, {"model": -1}])
+def test_a_size_that_is_none_is_named(bad):
+    ((name, value),) = bad.items()
+    with pytest.raises(ConfigError, match=f"mesh.{name}={value} must be at least 1"):
+        make_mesh(MeshConfig(**bad))
+
+
 def test_device_counts_of_a_mesh():
     with use_mesh(MeshConfig(data=2, expert=2, model=2)):
         assert (sharding.batch_devices(), sharding.model_devices()) == (4, 2)
         array = put(np.zeros((4, 6), np.float32), spec("batch", "mlp"))
         assert {shard.data.shape for shard in array.addressable_shards} == {(1, 3)}
-        tree = put_tree({"a": np.zeros(4), "b": np.ones((2, 2))}, {"a": spec("mlp"), "b": P()})
-        assert jax.typeof(tree["a"]).sharding.spec == P("model") and tree["b"].is_fully_replicated
     with use_mesh(MeshConfig(data=1)):
         assert (sharding.batch_devices(), sharding.model_devices()) == (1, 1)
 

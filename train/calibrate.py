@@ -7,6 +7,7 @@ In: a dense model folder and packed text (`data`). Out: statistics.safetensors. 
 
 import json
 
+import jax
 import numpy as np
 from safetensors.numpy import load_file, save
 
@@ -44,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
             saved = load_file(mark)
             for name, own in sums.items():
                 own.restore({key.split("/", 1)[1]: v for key, v in saved.items() if key.split("/", 1)[0] == name})
-        start, seen = Stopwatch(), sum(s.tokens for s in sums.values())
+        seen = sum(s.tokens for s in sums.values())
         total = sum(int(np.count_nonzero(own.segments)) for own in records.values())
         with progress(total, "calibrate", initial=seen) as bar:
             last = Stopwatch()
@@ -53,8 +54,8 @@ def main(argv: list[str] | None = None) -> None:
                     if index < sums[name].batches:
                         continue
                     placed = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
-                    before = sums[name].tokens
-                    sums[name].add(statistics(params, *placed))
+                    before, watch = sums[name].tokens, Stopwatch()
+                    sums[name].add(jax.device_get(statistics(params, *placed)), watch.seconds)
                     bar.update(sums[name].tokens - before)
                     if last.seconds > SAVE_EVERY:
                         _save({f"{n}/{k}": v for n, s in sums.items() for k, v in s.state().items()}, mark)
@@ -65,9 +66,9 @@ def main(argv: list[str] | None = None) -> None:
         tokens_M = np.array([s.tokens for s in sums.values()], np.int64)
         save_statistics(Statistics(names=tuple(records), **arrays, tokens_M=tokens_M), work.path)
         work.info |= {
-            "seconds": start.seconds,
+            "seconds": (seconds := sum(s.seconds for s in sums.values())),  # over all starts
             "tokens": int(tokens_M.sum()),
-            "tokens_per_s": (int(tokens_M.sum()) - seen) / start.seconds,
+            "tokens_per_s": int(tokens_M.sum()) / seconds,
             "peak_memory_gb": peak_memory_gb(),
         }
     print(f"statistics: {config.out} {json.dumps(dict(zip(records, tokens_M.tolist())))} tokens")

@@ -6,27 +6,17 @@ In: a dense model folder (`import`) and its statistics (`calibrate`). Out: a fol
 checkpoint (FFN channels permuted; not with `--storage separate`) and holds the expert table.
 """
 
-from collections.abc import Iterable, Iterator
-
 from readme_jax import cli
 from readme_jax.carve import CarveConfig, carve, describe
-from readme_jax.metrics import progress
+from readme_jax.metrics import layers
 
 
 def main(argv: list[str] | None = None) -> None:
     """Carve once; a finished folder of the same config and inputs is only described again."""
     config: CarveConfig = cli.parse(CarveConfig, argv, __doc__ or "", prog="readme-jax carve")
-    info = carve(config, progress=_bar)
+    info = carve(config, progress=lambda items: layers(items, "carve"))
     print(describe(info))
     print(f"carved model: {config.out}")
-
-
-def _bar(layers: Iterable[int]) -> Iterator[int]:
-    layers = list(layers)
-    with progress(len(layers), "carve", "layer") as bar:
-        for layer in layers:
-            yield layer
-            bar.update()
 
 
 if __name__ == "__main__":

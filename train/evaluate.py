@@ -5,6 +5,7 @@ readme-jax evaluate --model runs/tuned --data runs/data --out runs/evaluation --
 In: a model folder and packed text (`data`). Out: evaluation.json and a table on the terminal.
 """
 
+import functools
 import json
 
 import numpy as np
@@ -12,11 +13,12 @@ import numpy as np
 from readme_jax import artifacts, cli, hf, placement
 from readme_jax.config import ConfigError, require
 from readme_jax.data import eval_batches, open_records
-from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, make_route, one_route, own_expert, summarise
+from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
 from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
 from readme_jax.models import backbone
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
+from readme_jax.steps import make_route
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,11 +41,12 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
     else:
         tied = experts.storage == "tied"
         require(tied or "dense" not in config.arms, "arm dense: separate storage has no dense form")
+    many = experts is not None and experts.experts > 1
+    require(config.labels is None or many, f"labels: {config.model} has one choice for every token, nothing to label")
     if config.router is not None:
         _, other, router_cfg = hf.read_config(config.router)
         same = other is not None and experts is not None and other.names == experts.names
         require(same, f"router={config.router}: its experts differ from those of {config.model}")
-    many = experts is not None and experts.experts > 1
     if "routed" in config.arms and many and router_cfg is None:
         raise ConfigError(f"arm routed: {config.model} has {experts.experts} experts and no router")  # type: ignore
     records = open_records(config.data, "test", cfg.vocab)
@@ -59,8 +62,8 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
         route = None
         if many and router_params is not None and router_cfg is not None:
-            route = make_route(router_cfg, cfg.rope_theta)
-        losses = make_losses(cfg, config.labels if many else None)
+            route = functools.partial(make_route(router_cfg, cfg.rope_theta), router_params)
+        losses = make_losses(cfg, config.labels)
         rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
         routing = Routing(len(records), experts.experts if experts else 1)
         start = Stopwatch()
@@ -71,7 +74,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
                 name = names[batch["domains"][0]]
                 ids, segments = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
                 real = batch["index"] >= 0
-                chosen = None if route is None else route(router_params, ids, segments)
+                chosen = None if route is None else route(ids[None], segments[None])[0]
                 label = None
                 for arm in config.arms:
                     path = None

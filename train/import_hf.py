@@ -11,6 +11,8 @@ import json
 from pathlib import Path
 
 from readme_jax import artifacts, cli, hf, sources
+from readme_jax.config import ArtifactError, require
+from readme_jax.hf_config import plain_config
 from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
 
 SHARD_BYTES = 512 << 20
@@ -30,6 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     """Import once; a finished folder of the same source is left as it is."""
     config: ImportConfig = cli.parse(ImportConfig, argv, __doc__ or "", prog="readme-jax import")
     if artifacts.finished(config.out, "import", config, {}):
+        _unchanged(config)
         print(f"model: {config.out} (already there)")
         return
     folder = sources.resolve_model(config.source)
@@ -45,10 +48,25 @@ def main(argv: list[str] | None = None) -> None:
                 writer.add(name, tensor)
                 bar.update(tensor.nbytes)
         hf.copy_side_files(folder, work.path)
-        base = json.loads((folder / "config.json").read_text())
+        base = plain_config(json.loads((folder / "config.json").read_text()))
         artifacts.write_text(work.path / "config.json", json.dumps(base, indent=2) + "\n")
-        work.info |= {"bytes": total, "seconds": start.seconds, "peak_memory_gb": peak_memory_gb()}
+        work.info |= {
+            "source": artifacts.content(folder),
+            "bytes": total,
+            "seconds": start.seconds,
+            "peak_memory_gb": peak_memory_gb(),
+        }
     print(f"model: {config.out} ({cfg.family}, {cfg.layer} layers, {total / 1e9:.2f} GB)")
+
+
+def _unchanged(config: ImportConfig) -> None:
+    """ArtifactError when a local source holds other files than those imported; one that has gone does not matter."""
+    if Path(config.source).exists():
+        folder = sources.resolve_model(config.source)
+        then = artifacts.read_manifest(config.out)["info"]["source"]
+        changed = artifacts.changed(folder, then)
+        advice = "changed since it was imported; choose another folder"
+        require(not changed, f"out={config.out}: {folder / changed} {advice}", ArtifactError)
 
 
 if __name__ == "__main__":

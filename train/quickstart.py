@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from readme_jax import api, artifacts, cli, quickstart, sources
+from readme_jax.config import ArtifactError
 from readme_jax.data import open_records
 from readme_jax.infer import export
 from readme_jax.metrics import Stopwatch, peak_memory_gb, reset_peak_memory
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
     plan = quickstart.load_plan(plan_path, config)
     out.mkdir(parents=True, exist_ok=True)
 
-    run.stage("fetch", lambda: sources.fetch_domains(list(DOMAINS)))
+    run.stage("fetch", lambda: sources.fetch_domains(list(DOMAINS)), f["data"] / artifacts.MANIFEST)
     run.stage("import", lambda: import_hf.main(["--source", config.model, "--out", str(f["dense"])]))
     domains = {name: {"source": "fallback"} for name in DOMAINS}
     tokens = {"train_tokens": sizes.train, "eval_tokens": sizes.test, "calibration_tokens": sizes.calibration}
@@ -46,8 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     run.stage("calibrate", lambda: run.program(calibrate, model=f["dense"], data=f["data"], out=f["statistics"], **one))
     if plan is None:
         rate = artifacts.read_manifest(f["statistics"])["info"]["tokens_per_s"]
-        # a calibration that was killed near its end has seen too few tokens to time: then a slow machine is assumed
-        plan = quickstart.make_plan(config, sizes, run.watch.seconds, max(rate, 50.0))
+        plan = quickstart.make_plan(config, sizes, run.watch.seconds, rate)
         artifacts.write_text(plan_path, json.dumps(vars(plan)))
     cut = {"model": f["dense"], "statistics": f["statistics"], "fraction": config.fraction, "importance": "energy"}
     run.stage("carve", lambda: run.program(carve, **cut, out=f["carved"]))
@@ -79,12 +79,11 @@ def main(argv: list[str] | None = None) -> None:
     text = api.load(f["dense"]).tokenizer.decode(
         np.concatenate([r.ids[0] for r in open_records(f["data"], "test").values()])
     )
-    shown = run.stage("generate", lambda: show(f, out / "samples.json"))
-    checks = run.stage("export", lambda: check(f, out / "export.json", text))
-    shown = shown or json.loads((out / "samples.json").read_text())
-    checks = checks or json.loads((out / "export.json").read_text())
+    run.stage("generate", lambda: show(f, out / "samples.json"), out / "samples.json")
+    run.stage("export", lambda: check(f, out / "export.json", text), out / "export.json")
+    checks = json.loads((out / "export.json").read_text())
     extra = {
-        **shown,
+        **json.loads((out / "samples.json").read_text()),
         "source": str(config.model),
         "stages": run.stages(),
         "export": {"folder": str(f["exported"]), "checks": checks},
@@ -95,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"report: {page}")
 
 
-def show(f: dict[str, Path], path: Path) -> dict:
+def show(f: dict[str, Path], path: Path) -> None:
     """Samples of three models and a text with the expert of each token; kept in `path`."""
     samples = [{"prompt": prompt} for prompt in PROMPTS]
     strip = []
@@ -109,12 +108,10 @@ def show(f: dict[str, Path], path: Path) -> dict:
                 experts = model.route(ids[None])
                 assert experts is not None
                 strip += [[model.tokenizer.decode([int(i)]), int(e)] for i, e in zip(ids, experts[0])]
-    result = {"samples": samples, "strip": strip}
-    artifacts.write_text(path, json.dumps(result))
-    return result
+    artifacts.write_text(path, json.dumps({"samples": samples, "strip": strip}))
 
 
-def check(f: dict[str, Path], path: Path, text: str) -> dict:
+def check(f: dict[str, Path], path: Path, text: str) -> None:
     """Export with the measured figures on its card, and compare with PyTorch; kept in `path`."""
     measured = {name: f[f"evaluate_{name}"] / "evaluation.json" for name in ("static", "static_tuned", "routed_tuned")}
     losses = {name: json.loads(path.read_text())["mean_loss"]["routed"] for name, path in measured.items()}
@@ -122,9 +119,7 @@ def check(f: dict[str, Path], path: Path, text: str) -> dict:
     rows = {"dense": dense, **losses}
     card = {"figures": {"Held-out loss, nats per token, mean over domains": {k: round(v, 4) for k, v in rows.items()}}}
     export.export(f["tuned"], f["exported"], card=card)
-    result = export.check(f["tuned"], f["exported"], text)
-    artifacts.write_text(path, json.dumps(result))
-    return result
+    artifacts.write_text(path, json.dumps(export.check(f["tuned"], f["exported"], text)))
 
 
 class Run:
@@ -141,15 +136,18 @@ class Run:
         """Figures of the stages that have finished, over all starts of this run."""
         return json.loads(self._seen.read_text()) if self._seen.is_file() else {}
 
-    def stage(self, name: str, work: Callable):
-        """Run one stage (each resumes by itself), print its name and time, remember its first finishing."""
+    def stage(self, name: str, work: Callable[[], object], kept: Path | None = None) -> None:
+        """Run one stage (each resumes by itself), print its name and time, remember its first finishing.
+
+        `kept`: the file of a stage that has no folder; where it is there, and its folder whole, the stage is done.
+        """
         seen = self.stages()
-        if name in seen and name in ("generate", "export", "fetch"):
-            return None
+        if kept is not None and kept.is_file() and (name != "export" or self._whole("exported")):
+            return
         print(f"\n== {name} ({time.strftime('%H:%M:%S')}, {self.watch.seconds / 60:.1f} min so far)", flush=True)
         reset_peak_memory()
         watch = Stopwatch()
-        result = work()
+        work()
         entry = {"seconds": watch.seconds, "tokens": None, "tokens_per_s": None, "peak_memory_gb": peak_memory_gb()}
         info = self._info(name)
         if isinstance(info.get("tokens"), int):
@@ -158,7 +156,14 @@ class Run:
             entry |= {"tokens": sum(info["tokens"].values()), "tokens_per_s": info["tokens_per_s"]["experts"]}
         if name not in seen:
             artifacts.write_text(self._seen, json.dumps({**self.stages(), name: entry}))
-        return result
+
+    def _whole(self, name: str) -> bool:
+        """True when a stage's folder is there with all its files."""
+        try:
+            artifacts.verify(self.folders[name])
+        except ArtifactError:
+            return False
+        return True
 
     def _info(self, name: str) -> dict:
         where = {"calibrate": "statistics", "tune_static": "static_tuned", "tune_routed": "tuned"}.get(name, name)

@@ -8,6 +8,7 @@ L layers, R router width.
 """
 
 import contextvars
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,9 @@ from .configuration_readme import ReadMeLlamaConfig, ReadMeMistralConfig, ReadMe
 # Decoder layers call `mlp(x)` with nothing else, so the running forward's expert ids [B, T] and table [L, E, C] travel
 # beside the call. A context variable rather than an attribute: two threads may run one model.
 _ROUTED: contextvars.ContextVar = contextvars.ContextVar("readme_routed", default=None)
+
+# What the installed transformers calls the cache: `cache` from 5.24 on, `past_key_values` before.
+_CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 
 
 @dataclass
@@ -191,7 +195,7 @@ class ReadMeMixin(PreTrainedModel):
         self.post_init()
 
     @torch.no_grad()
-    def route(self, input_ids, attention_mask=None, position_ids=None, past_key_values=None) -> torch.Tensor:
+    def route(self, input_ids, attention_mask=None, position_ids=None, cache=None) -> torch.Tensor:
         """Expert ids, int32 [B, T], of the tokens `input_ids` [B, T]; the first of equal logits wins.
 
         With a cache the tokens' router keys and values are added to it: pass a cache only from `forward`.
@@ -201,7 +205,7 @@ class ReadMeMixin(PreTrainedModel):
             if self.readme.experts.shape[1] > 1:
                 raise ValueError(f"{self.readme.experts.shape[1]} experts and no router: pass expert_ids")
             return torch.zeros_like(input_ids, dtype=torch.int32)
-        logits_BTE = router(input_ids, attention_mask, position_ids, past_key_values)
+        logits_BTE = router(input_ids, attention_mask, position_ids, cache)
         return logits_BTE.argmax(-1).to(torch.int32)
 
     def forward(
@@ -215,9 +219,12 @@ class ReadMeMixin(PreTrainedModel):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         expert_ids: torch.Tensor | None = None,
+        cache=None,
         **kwargs,
     ):
         """The family's forward with every token in one expert.
+
+        `cache` and `past_key_values` are one thing under two names, of transformers 5.24 and of those before.
 
         `expert_ids`: integers that broadcast to [B, T], in place of the router's choice.
         `inputs_embeds`: only when no router has to run, since the router reads token ids.
@@ -226,11 +233,12 @@ class ReadMeMixin(PreTrainedModel):
         if tokens is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = past_key_values if cache is None else cache
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         routed = hasattr(self.readme, "router")
         # With a cache the router runs even beside given experts: its keys and values must keep up with the backbone's.
-        route = expert_ids is None or (routed and past_key_values is not None)
+        route = expert_ids is None or (routed and cache is not None)
         if route and routed and input_ids is None:
             raise ValueError(
                 "inputs_embeds without input_ids: the router reads token ids; pass input_ids, "
@@ -238,7 +246,7 @@ class ReadMeMixin(PreTrainedModel):
             )
         chosen = None
         if route:
-            chosen = self.route(tokens, attention_mask, position_ids, past_key_values)
+            chosen = self.route(tokens, attention_mask, position_ids, cache)
         if expert_ids is not None:
             if expert_ids.is_floating_point():
                 raise ValueError(f"expert_ids has dtype {expert_ids.dtype}; integers are needed")
@@ -249,11 +257,11 @@ class ReadMeMixin(PreTrainedModel):
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
-                past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 labels=labels,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
+                **{_CACHE: cache},
                 **kwargs,
             )
         finally:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.config import ConfigError, require
+from readme_jax.routing import membership
 from readme_jax.sharding import REPLICATED, batch_devices, model_devices, put, spec
 
 HIDDEN = spec("batch", "seq", "mlp")
@@ -53,14 +54,6 @@ class Grouped:
 
 
 Route = Masked | Grouped
-
-
-def membership(table_LEC: np.ndarray, width: int) -> np.ndarray:
-    """bool [L, E, width]: which channels each expert has."""
-    layers, experts, _ = table_LEC.shape
-    mask_LEU = np.zeros((layers, experts, width), bool)
-    np.put_along_axis(mask_LEU, table_LEC, True, axis=-1)
-    return mask_LEU
 
 
 def make_table(table_LEC: np.ndarray, mlp: int) -> ExpertTable:
