@@ -169,5 +169,5 @@ def load(path_or_name: str | Path) -> Model:
     if experts is not None and experts.experts > 1 and router_config is None:
         raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
     if (folder / artifacts.MANIFEST).is_file():
-        artifacts.verify(folder, hashes=True)
+        artifacts.verify(folder, hashes="changed")
     return Model(folder)

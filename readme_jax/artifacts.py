@@ -4,6 +4,7 @@ A folder with `manifest.json` is finished; without one it does not exist. The ma
 (stage, config, versions, parents) and the size and sha256 of every file in it.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import errno
@@ -13,9 +14,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from readme_jax.config import (
     ArtifactError,
@@ -29,6 +30,7 @@ from readme_jax.config import (
 )
 
 MANIFEST = "manifest.json"
+BIG = 64 << 20  # bytes: a file from here on is not read again while its times are those of when it was hashed
 
 
 def sha256(path: Path) -> str:
@@ -40,10 +42,22 @@ def sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def _sha256_all(paths: Sequence[Path]) -> list[str]:
+    with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashlib lets go of the lock
+        return list(pool.map(sha256, paths))
+
+
+def _times(path: Path) -> list[int]:
+    """When a file's bytes and its entry last changed (ns). Whoever sets the first back changes the second."""
+    stat = path.stat()
+    return [stat.st_mtime_ns, stat.st_ctime_ns]
+
+
 def content(folder: Path) -> dict[str, list]:
     """Size, time of change (ns) and sha256 of the files of a model folder that an import reads, by name."""
-    paths = _model_files(folder).values()
-    return {p.name: [p.stat().st_size, p.stat().st_mtime_ns, sha256(p)] for p in paths}
+    paths = list(_model_files(folder).values())
+    stats = [path.stat() for path in paths]
+    return {p.name: [s.st_size, s.st_mtime_ns, digest] for p, s, digest in zip(paths, stats, _sha256_all(paths))}
 
 
 def _model_files(folder: Path) -> dict[str, Path]:
@@ -106,16 +120,25 @@ def read_manifest(folder: str | Path) -> dict:
         raise ArtifactError(f"{path}: not valid JSON; the result was damaged") from None
 
 
-def verify(folder: str | Path, *, hashes: bool = False) -> dict:
-    """Check that every file of the manifest is there with its size (and sha256 with `hashes`). Returns the manifest."""
+def verify(folder: str | Path, *, hashes: bool | Literal["changed"] = False) -> dict:
+    """Check that every file of the manifest is there with its size. Returns the manifest; ArtifactError names the file.
+
+    hashes True: every file is read and its sha256 compared. "changed": a file of BIG or more bytes is read only when
+    its times are not those the manifest noted, so that each stage after a 140 GB model does not read it once more.
+    """
     folder, manifest = Path(folder), read_manifest(folder)
+    noted = manifest.get("times", {}) if hashes == "changed" else {}
+    doubtful = []
     for name, entry in manifest["files"].items():
         path = folder / name
         require(path.is_file(), f"{path}: listed in {MANIFEST} but missing", ArtifactError)
         size = path.stat().st_size
         require(size == entry["bytes"], f"{path}: {size} bytes, the manifest says {entry['bytes']}", ArtifactError)
-        if hashes:
-            require(sha256(path) == entry["sha256"], f"{path}: sha256 differs from the manifest", ArtifactError)
+        if hashes and (name not in noted or noted[name] != _times(path)):
+            doubtful.append(name)
+    for name, digest in zip(doubtful, _sha256_all([folder / name for name in doubtful])):
+        same = digest == manifest["files"][name]["sha256"]
+        require(same, f"{folder / name}: sha256 differs from the manifest", ArtifactError)
     return manifest
 
 
@@ -175,7 +198,7 @@ def building(
     where a program's whole config is more than `config`.
     """
     for parent in parents.values():
-        verify(parent, hashes=True)
+        verify(parent, hashes="changed")
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
     mark = partial / "run.json"
@@ -193,18 +216,18 @@ def building(
         yield work
         save_yaml(config if resolved is None else resolved, partial / "config.yaml")
         scratch = [mark.name, *work.scratch]
-        found = {str(p.relative_to(partial)): p for p in sorted(partial.rglob("*")) if p.is_file()}
-        files = {
-            name: {"bytes": p.stat().st_size, "sha256": sha256(p)}
-            for name, p in found.items()
-            if p.name != MANIFEST and Path(name).parts[0] not in scratch
-        }
+        names = [str(p.relative_to(partial)) for p in sorted(partial.rglob("*")) if p.is_file() and p.name != MANIFEST]
+        found = {name: partial / name for name in names if Path(name).parts[0] not in scratch}
+        times = {name: _times(path) for name, path in found.items() if path.stat().st_size >= BIG}
+        digests = _sha256_all(list(found.values()))
+        files = {n: {"bytes": p.stat().st_size, "sha256": d} for (n, p), d in zip(found.items(), digests)}
         manifest = {
             **mine,
             "parents": {name: str(path) for name, path in parents.items()},
             "versions": versions(),
             "info": work.info,
             "files": files,
+            "times": times,
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         if folder.exists():

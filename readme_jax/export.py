@@ -51,7 +51,7 @@ def export(model_folder: str | Path, out: str | Path, *, card: dict | None = Non
     hf.check(reader, cfg, experts, router)
     made = (folder / artifacts.MANIFEST).is_file()
     if made:
-        artifacts.verify(folder, hashes=True)
+        artifacts.verify(folder, hashes="changed")
     parents = {"model": folder} if made else {}
     config = {"card": card, "model": None if made else _identity(folder)}
     if artifacts.finished(out, "export", config, parents):

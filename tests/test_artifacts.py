@@ -183,6 +183,46 @@ def test_changes_are_noticed(tmp_path):
         finished(out)
 
 
+def test_big_files_are_read_again_only_when_touched(tmp_path, monkeypatch):
+    out, read, real = tmp_path / "out", [], artifacts.sha256
+    monkeypatch.setattr(artifacts, "BIG", 6)
+    monkeypatch.setattr(artifacts, "sha256", lambda path: (read.append(path.name), real(path))[1])
+    make(out, text="tensor")
+    make(tmp_path / "small", text="wee")
+    path = out / "sub" / "weights"
+
+    def verified(hashes="changed", folder=out):
+        read.clear()
+        artifacts.verify(folder, hashes=hashes)
+        return sorted(read)
+
+    assert set(artifacts.read_manifest(out)["times"]) == {"config.yaml", "sub/weights"}
+    assert verified() == [] and verified(True) == ["config.yaml", "weights"] and verified(False) == []
+    assert verified(folder=tmp_path / "small") == ["weights"], "small files are always read"
+    out.rename(tmp_path / "moved")
+    assert verified(folder=tmp_path / "moved") == [], "a move changes no file"
+    shutil.copytree(tmp_path / "moved", out)
+    assert verified() == ["config.yaml", "weights"], "a copy has other times: its content counts"
+    shutil.rmtree(out)
+    (tmp_path / "moved").rename(out)
+    path.write_text("TENSOR")
+    with pytest.raises(ArtifactError, match="sub/weights: sha256 differs from the manifest"):
+        make(tmp_path / "child", parents={"model": out})
+    # Even with the time of its content set back.
+    os.utime(path, ns=(0, artifacts.read_manifest(out)["times"]["sub/weights"][0]))
+    with pytest.raises(ArtifactError, match="sub/weights: sha256 differs from the manifest"):
+        verified()
+
+
+def test_the_same_content_made_twice_is_the_same_parent(tmp_path, monkeypatch):
+    monkeypatch.setattr(artifacts, "BIG", 1)
+    make(tmp_path / "a")
+    make(tmp_path / "b")
+    assert artifacts.read_manifest(tmp_path / "a")["times"] != artifacts.read_manifest(tmp_path / "b")["times"]
+    manifests = [artifacts.read_manifest(tmp_path / name)["files"]["sub/weights"] for name in "ab"]
+    assert manifests[0] == manifests[1] and sorted(manifests[0]) == ["bytes", "sha256"]
+
+
 def test_write_text_is_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "a.json"
     artifacts.write_text(path, "first")

@@ -19,7 +19,7 @@ from checkpoints import SIZES, raises, tensors, write_folder, write_moe_folder
 from readme_jax import hf, placement
 from readme_jax.config import CheckpointError, ConfigError
 from readme_jax.models import backbone
-from readme_jax.sharding import MeshConfig, P, put_tree, use_mesh
+from readme_jax.sharding import MeshConfig, P, put, use_mesh
 from readme_jax.weights import SINGLE, Reader, contiguous
 
 SIZED = SIZES | dict(vocab_size=96, hidden_size=32, intermediate_size=40)
@@ -100,7 +100,7 @@ def test_written_as_from_the_host(tmp_path, any_mesh):
     with hf.Writer(tmp_path / "host", 9_000) as writer:
         hf.save_params(writer, cfg, params, experts_LEC, router)
     for name, specs in (("plain", backbone.param_specs(cfg)), ("over_data", over_data(cfg))):
-        placed = put_tree(params, specs), experts_LEC, jax.tree.map(jax.numpy.asarray, router)
+        placed = jax.tree.map(put, params, specs), experts_LEC, jax.tree.map(jax.numpy.asarray, router)
         placement.save_sharded(tmp_path / name, cfg, *placed, max_shard_bytes=9_000)
         assert files(tmp_path / name) == files(tmp_path / "host") and len(files(tmp_path / name)) > 5
 
