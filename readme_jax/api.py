@@ -16,7 +16,7 @@ from readme_jax.generation import Decoder, Sampling
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.routing import bucket
-from readme_jax.sharding import MeshConfig, make_mesh, put
+from readme_jax.sharding import MeshConfig, make_mesh
 
 LENGTH_STEP = 64  # sequences are padded to a ladder of lengths so that few shapes compile
 
@@ -40,7 +40,7 @@ class Model:
             self._weights: dict[str, Any] = {
                 "params": backbone.place(self.config, params),
                 "table": None if self.experts is None else make_table(self.experts, self.config.mlp),
-                "router": None if router_params is None else jax.tree.map(put, router_params),
+                "router": None if router_params is None else router.place(router_params),
             }
 
     @functools.cached_property

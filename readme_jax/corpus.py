@@ -162,8 +162,8 @@ class _Source:
 
     def state(self, rows: int) -> dict[str, Any]:
         """Where a stream goes on after `rows`; nothing for files, or when rows beyond have been read already."""
-        can = self.rows == rows and hasattr(self.stream, "state_dict")
-        return {"stream": self.stream.state_dict()} if can else {}
+        state_dict = getattr(self.stream, "state_dict", None)
+        return {"stream": state_dict()} if state_dict is not None and self.rows == rows else {}
 
 
 def _text(where: str, row: Any, field: str) -> str:
@@ -295,7 +295,7 @@ def _hub_stream(domain_name: str, domain: DomainConfig) -> Any:
 def _hub_rows(source: _Source) -> Iterator[tuple[str, Any]]:
     place = _hub_place(source.domain)
     try:
-        for row in source.stream:
+        for row in source.stream or ():
             yield place, row
     except Exception as error:
         raise SourceError(f"domain {source.name}: {place} cannot be read: {first_line(error)}") from None

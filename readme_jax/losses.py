@@ -13,7 +13,16 @@ import jax.numpy as jnp
 
 from readme_jax.config import require
 from readme_jax.models.layers import ACTIVATION
-from readme_jax.sharding import spec
+from readme_jax.sharding import (
+    BATCH,
+    REPLICATED,
+    batch_devices,
+    computed,
+    gather,
+    model_devices,
+    spec,
+    stored,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -157,7 +166,9 @@ def head_loss(
     """Weighted sum of kd * KL + ce * CE over tokens, with the sums of both parts, from hidden states [B, T, D].
 
     Logits exist for `chunk` positions at a time, and their gradient is taken in the same pass: the [B, T, V] arrays of
-    a plain implementation are never built and nothing is recomputed. Teacher arrays get no gradient.
+    a plain implementation are never built and nothing is recomputed. Teacher arrays get no gradient. Heads come as they
+    lie at rest: each is gathered once, its vocabulary stays split over `model`, and its gradient is summed over the
+    batch's devices once, behind the last chunk.
     """
     total, kl, ce = _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
     return total, {"kl": jax.lax.stop_gradient(kl), "ce": jax.lax.stop_gradient(ce)}
@@ -165,13 +176,13 @@ def head_loss(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
-    sums, _, _ = _scan_chunks(static, False, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+    sums, _, _ = _over_mesh(static, False, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
     return sums
 
 
 def _fused_forward(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
     args = (head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
-    sums, grad_x, grad_head = _scan_chunks(static, True, *args)
+    sums, grad_x, grad_head = _over_mesh(static, True, *args)
     return sums, (grad_x, grad_head)
 
 
@@ -184,58 +195,130 @@ def _fused_backward(static, saved, cotangents):
 _fused.defvjp(_fused_forward, _fused_backward)
 
 
+def _gathered_head(head_VD: jax.Array, dtype) -> jax.Array:
+    """A head in the layout of the computation: the vocabulary over `model` where it divides."""
+    layout = computed(("logit", "embed"), head_VD.shape)
+    # first each device's part of the vocabulary, then the columns from the others: XLA does not see it by itself
+    head_VD = gather(head_VD, jax.P(layout[0], jax.typeof(head_VD).sharding.spec[1]), dtype)
+    return gather(head_VD, layout, dtype)
+
+
+def _on_devices(run, out_specs, args):
+    """run(batch axes, split, *args) on every device's part of `args`, whose second is a head.
+
+    batch axes: what to sum over to have the sum over the batch. split: the mesh axis over which the vocabulary is
+    split, None when it is whole.
+    """
+    places = [jax.typeof(a).sharding.spec for a in args]
+    if batch_devices() * model_devices() == 1:
+        # a change of type, not of place: collectives of one device would be copies
+        return jax.reshard(run((), None, *jax.reshard(args, REPLICATED)), out_specs)
+    run = functools.partial(run, BATCH, places[1][0])
+    return jax.shard_map(run, in_specs=tuple(places), out_specs=out_specs)(*args)
+
+
+def _over_mesh(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+    """`_scan_chunks` with the heads gathered before and the head's gradient back at rest behind."""
+    rest = stored(("logit", "embed"), head_VD.shape)
+    run = functools.partial(_scan_chunks, static, gradient, rest[1])
+    heads = _gathered_head(head_VD, x_BTD.dtype), _gathered_head(teacher_VD, teacher_BTD.dtype)
+    sums, grad_x, grad_head = _on_devices(
+        run,
+        (jax.P(), ACTIVATION, rest) if gradient else (jax.P(), None, None),
+        (x_BTD, heads[0], teacher_BTD, heads[1], target_BT, weight_BT),
+    )
+    if gradient:
+        grad_head = gather(grad_head, jax.typeof(head_VD).sharding.spec, head_VD.dtype)
+    return sums, grad_x, grad_head
+
+
 def _chunks(a_BT: jax.Array, chunk: int) -> jax.Array:
     """[B, T, ...] -> [T / chunk, B, chunk, ...], zero-padded."""
     b, t = a_BT.shape[:2]
     chunk = min(chunk, t)
     a_BT = jnp.pad(a_BT, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
-    rest = a_BT.shape[2:]
-    place = spec("batch", None, "seq", *(None for _ in rest))
-    return jnp.moveaxis(jnp.reshape(a_BT, (b, -1, chunk, *rest), out_sharding=place), 1, 0)
+    return jnp.moveaxis(a_BT.reshape(b, -1, chunk, *a_BT.shape[2:]), 1, 0)
 
 
-def _scan_chunks(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+def _logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _log_softmax(logits_BTV: jax.Array, split: str | None) -> jax.Array:
+    """Over a vocabulary of which this device has a part, the mesh axis `split` the whole."""
+    top_BT1 = jnp.max(logits_BTV, -1, keepdims=True)
+    top_BT1 = jax.lax.pmax(top_BT1, split) if split else top_BT1
+    shifted_BTV = logits_BTV - top_BT1
+    return shifted_BTV - jnp.log(_sum_over(jnp.sum(jnp.exp(shifted_BTV), -1, keepdims=True), split))
+
+
+def _sum_over(part: jax.Array, axes: str | tuple[str, ...] | None) -> jax.Array:
+    return jax.lax.psum(part, axes) if axes else part
+
+
+def _own_ids(ids: jax.Array, width: int, split: str | None) -> jax.Array:
+    """Vocabulary ids relative to this device's part; `width` where they are not in it."""
+    if not split:
+        return ids
+    ids = ids - jax.lax.axis_index(split) * width
+    return jnp.where((ids >= 0) & (ids < width), ids, width)
+
+
+def _pick(values_BTV: jax.Array, own_BT: jax.Array, split: str | None) -> jax.Array:
+    """The value of one vocabulary entry a token, [B, T]."""
+    if not split:
+        return jnp.take_along_axis(values_BTV, own_BT[..., None], -1)[..., 0]
+    width = values_BTV.shape[-1]
+    part_BT = jnp.take_along_axis(values_BTV, jnp.minimum(own_BT, width - 1)[..., None], -1)[..., 0]
+    return _sum_over(jnp.where(own_BT < width, part_BT, 0), split)
+
+
+def _scan_chunks(
+    static, gradient, scattered, batch, split, x_BTD, head, teacher_BTD, teacher_head, target_BT, weight_BT
+):
+    """Sums, gradient of x, gradient of the head, from this device's tokens and its part of the vocabulary."""
     b, t, d = x_BTD.shape
-    head = head_VD.astype(x_BTD.dtype)
-    teacher_head = teacher_VD.astype(teacher_BTD.dtype)
-
-    def logits(x, w):
-        return jnp.einsum("btd,vd->btv", x, w, preferred_element_type=jnp.float32, out_sharding=ACTIVATION)
 
     def body(carry, inputs):
         total, kl, ce, grad_head = carry
         x, teacher_x, ids, weight = inputs
-        logp = jax.nn.log_softmax(logits(x, head), -1)
-        nll = -jnp.take_along_axis(logp, ids[..., None], -1)[..., 0]
+        logp = _log_softmax(_logits(x, head), split)
+        own = _own_ids(ids, logp.shape[-1], split)
+        nll = -_pick(logp, own, split)
         kl_t = jnp.zeros_like(nll)
         p_teacher = None
         if static.kd:
-            logp_teacher = jax.nn.log_softmax(logits(teacher_x, teacher_head), -1)
+            logp_teacher = _log_softmax(_logits(teacher_x, teacher_head), split)
             p_teacher = jnp.exp(logp_teacher)
-            kl_t = jnp.sum(p_teacher * (logp_teacher - logp), -1)
+            kl_t = _sum_over(jnp.sum(p_teacher * (logp_teacher - logp), -1), split)
         loss = jnp.sum((static.kd * kl_t + static.ce * nll) * weight)
         grad_x = None
         if gradient:
             p = jnp.exp(logp)
-            wanted = static.ce * (jnp.arange(p.shape[-1]) == ids[..., None])
+            wanted = static.ce * (jnp.arange(p.shape[-1]) == own[..., None])
             if p_teacher is not None:
                 wanted = wanted + static.kd * p_teacher
             grad = (((static.kd + static.ce) * p - wanted) * weight[..., None]).astype(x.dtype)
-            grad_x = jnp.einsum("btv,vd->btd", grad, head, out_sharding=ACTIVATION)
-            grad_head += jnp.einsum(
-                "btv,btd->vd", grad, x, preferred_element_type=jnp.float32, out_sharding=jax.P(None, None)
-            )
+            grad_x = _sum_over(jnp.einsum("btv,vd->btd", grad, head), split)
+            grad_head += jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
         return (total + loss, kl + jnp.sum(kl_t * weight), ce + jnp.sum(nll * weight), grad_head), grad_x
 
-    zero = jnp.zeros((), jnp.float32)
-    start = (zero, zero, zero, jnp.zeros(head_VD.shape, jnp.float32) if gradient else zero)
+    def zeros(shape, *over):
+        # typed as differing between the devices that will add to it
+        over = batch + tuple(axis for axis in over if axis)
+        return jax.lax.pcast(jnp.zeros(shape, jnp.float32), over, to="varying") if over else jnp.zeros(shape)
+
+    start = (zeros(()), zeros(()), zeros(()), zeros(head.shape, split) if gradient else zeros(()))
     inputs = tuple(_chunks(a, static.chunk) for a in (x_BTD, teacher_BTD, target_BT, weight_BT))
-    (total, kl, ce, grad_head), grad_x = jax.lax.scan(body, start, inputs)
-    if gradient:
-        # a batch of one row would lose its place on the mesh in the reshape: say it
-        grad_x = jnp.reshape(jnp.moveaxis(grad_x, 0, 1), (b, -1, d), out_sharding=ACTIVATION)[:, :t]
-        grad_head = grad_head.astype(head_VD.dtype)
-    return (total, kl, ce), grad_x, grad_head
+    (*sums, grad_head), grad_x = jax.lax.scan(body, start, inputs)
+    sums = tuple(_sum_over(part, batch) for part in sums)
+    if not gradient:
+        return sums, None, None
+    grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(b, -1, d)[:, :t]
+    columns = (scattered,) if isinstance(scattered, str) else scattered or ()
+    if batch and columns:
+        grad_head = jax.lax.psum_scatter(grad_head, columns, scatter_dimension=1, tiled=True)
+    return sums, grad_x, _sum_over(grad_head, tuple(axis for axis in batch if axis not in columns))
 
 
 def token_loss(
@@ -243,17 +326,13 @@ def token_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Next-token loss summed by row, float32 [B], and the weights summed by row [B]; logits in chunks of positions."""
 
-    def one(inputs):
-        x, ids, weight = inputs
-        logits = jnp.einsum(
-            "btd,vd->btv",
-            x,
-            head_VD.astype(x.dtype),
-            preferred_element_type=jnp.float32,
-            out_sharding=ACTIVATION,
-        )
-        logp = jnp.take_along_axis(jax.nn.log_softmax(logits, -1), ids[..., None], -1)[..., 0]
-        return jnp.sum(-logp * weight, -1)
+    def run(batch, split, x_BTD, head, target_BT, weight_BT):
+        def one(inputs):
+            x, ids, weight = inputs
+            logp = _log_softmax(_logits(x, head), split)
+            return jnp.sum(-_pick(logp, _own_ids(ids, logp.shape[-1], split), split) * weight, -1)
 
-    pieces = tuple(_chunks(a, chunk) for a in (x_BTD, target_BT, weight_BT))
-    return jnp.sum(jax.lax.map(one, pieces), 0), jnp.sum(weight_BT, -1)
+        return jnp.sum(jax.lax.map(one, tuple(_chunks(a, chunk) for a in (x_BTD, target_BT, weight_BT))), 0)
+
+    args = (x_BTD, _gathered_head(head_VD, x_BTD.dtype), target_BT, weight_BT)
+    return _on_devices(run, spec("batch"), args), jnp.sum(weight_BT, -1)

@@ -14,10 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from readme_jax.config import CheckpointError, ModelConfig, require
 from readme_jax.hf import Entry, Params, Reader, Writer, check, outgoing, read_config, set_leaf, stored_dtype, table
-from readme_jax.sharding import REPLICATED, P, put_parts
+from readme_jax.sharding import REPLICATED, put_parts
 from readme_jax.weights import contiguous
 
 GATHER = 1 << 28  # bytes of a large tensor that every device holds at once while process 0 fetches it

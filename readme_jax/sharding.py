@@ -2,6 +2,9 @@
 
 The mesh always has the axes `data`, `expert`, `model` (length 1 allowed), all Explicit: a wrong placement is a type
 error while tracing. Model code names logical axes; only this file knows which mesh axis they map to.
+
+A parameter has two layouts: in the computation (`spec`, `computed`) and at rest (`stored`), where it and its optimizer
+state are split over the batch axes as well (ZeRO-3); `gather` leads from one to the other, a layer at a time.
 """
 
 import contextlib
@@ -20,15 +23,19 @@ from readme_jax.config import require
 AXES = ("data", "expert", "model")
 REPLICATED = P()
 
-# Logical axis -> mesh axes. Batches are split over `data` and `expert` together; FFN channels over `model`.
+BATCH = ("data", "expert")
+
+# Logical axis -> mesh axes. Batches are split over `data` and `expert` together; FFN channels, attention heads and the
+# vocabulary of the head's logits over `model`.
 RULES: dict[str, tuple[str, ...] | str | None] = {
-    "batch": ("data", "expert"),
+    "batch": BATCH,
     "seq": None,
     "embed": None,
     "vocab": None,
+    "logit": "model",
     "layer": None,
-    "head": None,
-    "kv_head": None,
+    "head": "model",
+    "kv_head": "model",
     "head_dim": None,
     "mlp": "model",
     "expert": None,
@@ -36,6 +43,8 @@ RULES: dict[str, tuple[str, ...] | str | None] = {
     "channel": None,
     "router": None,
 }
+# The same for parameters at rest, where it differs: every matrix has one of these axes.
+STORED: dict[str, tuple[str, ...]] = {"embed": BATCH, "router": BATCH}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,11 +52,16 @@ class MeshConfig:
     """Devices per mesh axis."""
 
     data: int = 0
-    """Devices that split the batch; 0 takes every device that the other axes leave."""
+    """Devices that split the batch, and the parameters at rest; 0 takes every device that the other axes leave."""
     expert: int = 1
-    """Devices that split the batch too, and separate experts."""
+    """Devices that split batch and parameters too, and separate experts."""
     model: int = 1
-    """Devices that split the FFN channels."""
+    """Devices that split FFN channels, attention heads and the vocabulary of the output head."""
+
+    def __post_init__(self):
+        require(self.data >= 0, f"mesh.data={self.data} must be at least 1, or 0 for every device that is left")
+        for name in ("expert", "model"):
+            require(getattr(self, name) >= 1, f"mesh.{name}={getattr(self, name)} must be at least 1")
 
 
 def spec(*axes: str | None) -> P:
@@ -58,20 +72,77 @@ def spec(*axes: str | None) -> P:
     return P(*mapped)
 
 
+def _fitting(axes: tuple[str | None, ...], shape: tuple[int, ...], names: list[Any]) -> P:
+    """PartitionSpec of mesh axes `names`, without those that do not divide their dimension.
+
+    A dimension of the batch axes falls back to `data` alone. FFN channels must divide: `model` is there for them.
+    """
+    mesh = jax.sharding.get_abstract_mesh().shape
+
+    def fits(size: int, entry: Any) -> Any:
+        options = [entry] if not isinstance(entry, tuple) else [entry, *entry[:1]]
+        for option in options:
+            count = math.prod(mesh.get(m, 1) for m in (option if isinstance(option, tuple) else (option,)))
+            if size % count == 0:
+                return option
+        return None
+
+    entries = [entry and fits(size, entry) for size, entry in zip(shape, names, strict=True)]
+    for axis, size, entry in zip(axes, shape, entries, strict=True):
+        many = mesh.get("model", 1)
+        require(axis != "mlp" or entry is not None, f"mlp={size} FFN channels must be a multiple of mesh.model={many}")
+    return P(*entries)
+
+
+def computed(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
+    """Layout of a parameter while it is used: `spec`, without mesh axes that do not divide their dimension."""
+    return _fitting(axes, shape, list(spec(*axes)))
+
+
+def stored(axes: tuple[str | None, ...], shape: tuple[int, ...]) -> P:
+    """Layout of a parameter at rest, and of its gradient and optimizer state.
+
+    A matrix is split over the batch axes too, along its model (or router) width: over both if they divide it, else
+    over `data`, else not at all. Vectors are not: a collective each for a ten-thousandth of the memory.
+    """
+    names = list(spec(*axes))
+    # With one device of the batch both layouts are one type: a change of type is a copy in XLA.
+    if len([a for a in axes if a != "layer"]) > 1 and batch_devices() > 1:
+        names = [STORED.get(a, entry) if a else entry for a, entry in zip(axes, names, strict=True)]
+    return _fitting(axes, shape, names)
+
+
+def gather(w: jax.Array, layout: P, dtype: Any) -> jax.Array:
+    """A parameter at rest in the layout and dtype of the computation. It is cast first: what travels is `dtype`.
+
+    The gradient comes back at rest: its sum over the batch's devices is scattered, not replicated.
+    """
+    w = w.astype(dtype)
+    return w if jax.typeof(w).sharding.spec == layout else jax.reshard(w, layout)
+
+
 def make_mesh(config: MeshConfig = MeshConfig()) -> jax.sharding.Mesh:
-    """The mesh of a run over the local devices; ConfigError when they do not suffice."""
-    count = jax.device_count()
-    fixed = config.expert * config.model
-    for name in ("expert", "model"):
-        require(getattr(config, name) >= 1, f"mesh.{name}={getattr(config, name)} must be at least 1")
-    require(config.data >= 0, f"mesh.data={config.data} must be at least 1, or 0 for all devices that are left")
-    data = config.data or max(count // fixed, 1)
-    shape = (data, config.expert, config.model)
-    need = int(np.prod(shape))
-    require(
-        need <= count,
-        f"mesh data={data} expert={config.expert} model={config.model} needs {need} devices, there are {count}",
-    )
+    """The mesh of a run over the devices of all processes; ConfigError when they do not match.
+
+    Devices stay idle only when `data` is said: with data=0 the other axes must divide their number. Several processes
+    must use all of them, for a process without a device on the mesh has nothing to do.
+    """
+    count, fixed = jax.device_count(), config.expert * config.model
+    said = f"mesh expert={config.expert} model={config.model}"
+    if not config.data:
+        require(fixed <= count, f"{said} needs {fixed} devices, there are {count}")
+        most = count // fixed
+        require(
+            count % fixed == 0,
+            f"{said}: {fixed} devices do not divide the {count} there are; "
+            f"mesh.data={most} would use {most * fixed} and leave {count % fixed} idle",
+        )
+    shape = (config.data or count // fixed, config.expert, config.model)
+    need = math.prod(shape)
+    said = f"mesh data={shape[0]} expert={shape[1]} model={shape[2]} needs {need} devices"
+    require(need <= count, f"{said}, there are {count}")
+    processes = jax.process_count()
+    require(processes == 1 or need == count, f"{said}, the {processes} processes have {count}: all must be used")
     return jax.make_mesh(shape, AXES, devices=jax.devices()[:need], axis_types=(AxisType.Explicit,) * 3)
 
 

@@ -1,6 +1,5 @@
 """The jitted steps of training: accumulation, what is frozen, one compile, and the same result on every mesh."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,10 +11,10 @@ from oracles_core import head_loss, packed, random_params, random_table
 
 from readme_jax import optim, steps
 from readme_jax.config import ModelConfig, RouterConfig
-from readme_jax.losses import PAPER_LABELS, HeadLoss
+from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
-from readme_jax.sharding import MeshConfig, put, spec, use_mesh
+from readme_jax.sharding import put, spec
 
 E, T = 4, 24
 ROUTER = RouterConfig(width=16, heads=2)
@@ -206,59 +205,3 @@ def test_join_inverts_split(host, tuned):
     assert jax.tree.structure(joined) == jax.tree.structure(params)
     assert all(a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(params), strict=True))
     assert len(jax.tree.leaves(part)) + len(jax.tree.leaves(rest)) == len(jax.tree.leaves(params))
-
-
-# ---- meshes -------------------------------------------------------------------------------------
-
-MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2)]
-MOMENTUM = optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.5, momentum=0.9))
-
-
-# Of the options only the bias of the FFN is placed in a way of its own; without the others it compiles twice as fast.
-MESH_CFG = dataclasses.replace(
-    CFG, family="llama", qkv_bias=False, out_bias=False, qk_norm=False, windows=(), tied=False
-)  # fmt: skip
-# The reference takes the whole batch at once, the meshes two microbatches: accumulation is compared as well.
-ACCUM = {shape: 1 if shape == MESHES[0] else 2 for shape in MESHES}
-
-
-@functools.cache
-def trained(shape):
-    """Labels, then two steps of each phase on a mesh: everything they return as NumPy, rows in one order."""
-    cfg, accum = MESH_CFG, ACCUM[shape]
-    host = draw(cfg)
-    rows = [[24], [10, 14], [5], [3, 4], [20], [9, 9], [24], [1]]
-    host["ids"], host["segments"] = packed(rows * 2, T, cfg.vocab, seed=5)
-    host["expert"] = np.random.default_rng(6).integers(0, E, host["ids"].shape).astype(np.int32)
-    data, expert, model = shape
-    with use_mesh(MeshConfig(data=data, expert=expert, model=model)):
-        batch = expert_batch(host, accum)
-        teacher, table = backbone.place(cfg, host["teacher"]), make_table(host["table"], cfg.mlp)
-        label = steps.make_label(cfg, PAPER_LABELS)
-        target = [label(teacher, table, batch["ids"][a], batch["segments"][a]) for a in range(accum)]
-        out = {"labels": np.concatenate(target)}
-
-        small = {"ids": batch["ids"], "segments": batch["segments"], "target": place_ABT(out["labels"], accum)}
-        step = steps.make_router_step(ROUTER, cfg.rope_theta, MOMENTUM)
-        phase = steps.start(jax.tree.map(put, host["router"]), MOMENTUM)
-        out["router"] = twice(step, phase, small)
-
-        step = steps.make_expert_step(cfg, HEAD, MOMENTUM)
-        phase = steps.start(backbone.place(cfg, host["params"]), MOMENTUM)
-        out["experts"] = twice(step, phase, {}, teacher, table, batch)
-    return out
-
-
-def twice(step, phase, *rest):
-    """(metrics of two steps, parameters after them); the types of the phase stay, and so does the program."""
-    before, metrics = types(phase), []
-    for _ in range(2):
-        phase, means = step(phase, *rest)
-        metrics.append(jax.tree.map(np.asarray, means))
-    assert types(phase) == before and step._cache_size() == 1
-    return metrics, jax.tree.map(np.asarray, phase.params)
-
-
-@pytest.mark.parametrize("shape", MESHES[1:], ids=str)
-def test_meshes_do_not_change_results(shape):
-    assert_close(trained(shape), trained(MESHES[0]))

@@ -42,6 +42,7 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
+    backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
@@ -78,8 +79,8 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     student, frozen = steps.split_tuned(teacher, config.experts.tuned)
     tx = {name: optim.make(p.optim, p.steps) for name, p in plan.items()}
     phases = {"experts": steps.start(jax.tree.map(jnp.copy, student), tx["experts"])}
-    if not alone:
-        phases["router"] = steps.start(router_params, tx["router"])
+    if router_params is not None and not alone:
+        phases["router"] = steps.start(router.place(router_params), tx["router"])
     # ---- steps
     head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
     expert_step = steps.make_expert_step(

@@ -15,7 +15,7 @@ from readme_jax.config import ConfigError, require
 from readme_jax.data import eval_batches, open_records
 from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
 from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
-from readme_jax.models import backbone
+from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
 from readme_jax.steps import make_route
@@ -62,7 +62,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
         route = None
         if many and router_params is not None and router_cfg is not None:
-            route = functools.partial(make_route(router_cfg, cfg.rope_theta), router_params)
+            route = functools.partial(make_route(router_cfg, cfg.rope_theta), router.place(router_params))
         losses = make_losses(cfg, config.labels)
         rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
         routing = Routing(len(records), experts.experts if experts else 1)

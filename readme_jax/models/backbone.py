@@ -20,6 +20,7 @@ from readme_jax.models.layers import (
     apply_rope,
     attention,
     cache_mask,
+    embed,
     packed_mask,
     positions,
     rms_norm,
@@ -27,10 +28,22 @@ from readme_jax.models.layers import (
     windowed,
     write_cache,
 )
-from readme_jax.sharding import REPLICATED, put, spec
+from readme_jax.sharding import REPLICATED, batch_devices, computed, gather, model_devices, put, stored
 
 Params = dict[str, Any]
 Remat = Literal["none", "full"]
+
+
+def _all_but_weights(primitive, *_, **__) -> bool:
+    """Everything is kept for the backward pass but casts and gathers: a layer's whole weights would be kept by every
+    layer, and parameters would be at rest on paper only."""
+    return primitive.name not in ("convert_element_type", "reshard")
+
+
+POLICIES: dict[Remat, Callable[..., bool]] = {
+    "none": _all_but_weights,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 def block_axes(cfg: ModelConfig) -> dict[str, tuple[str, ...]]:
@@ -99,7 +112,7 @@ class Block(nnx.Module):
 
 
 class Backbone(nnx.Module):
-    """Embedding, stacked blocks, final norm and head: the declaration that gives `graph` and the parameter tree."""
+    """Embedding, stacked blocks, final norm and head: the declaration that gives the parameter tree."""
 
     def __init__(self, cfg: ModelConfig):
         self.cfg = cfg
@@ -111,24 +124,35 @@ class Backbone(nnx.Module):
 
 
 @functools.cache
-def _declare(cfg: ModelConfig) -> tuple[Any, Params]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: Backbone(cfg)))
-    return graph, nnx.to_pure_dict(state)
-
-
 def abstract_params(cfg: ModelConfig) -> Params:
     """Shapes (float32) of the parameter tree, no memory used."""
-    return _declare(cfg)[1]
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Backbone(cfg))))
+
+
+@functools.cache
+def _block_graph(cfg: ModelConfig) -> Any:
+    return nnx.split(nnx.eval_shape(lambda: Block(cfg)))[0]
+
+
+def _layouts(cfg: ModelConfig, layout: Callable[..., jax.P], axes: dict[str, tuple[str, ...]]) -> dict[str, jax.P]:
+    """`layout` (`computed` or `stored`) of every parameter by its axes, on the current mesh."""
+    # Query and key heads are split together or not at all: a group of queries lies with its key head.
+    whole = ("head", "kv_head") if cfg.kv_head % model_devices() else ()
+    return {
+        name: layout(tuple(None if a in whole else a for a in parts), tuple(getattr(cfg, a) for a in parts))
+        for name, parts in axes.items()
+    }
 
 
 def param_specs(cfg: ModelConfig) -> Params:
-    """PartitionSpec of every parameter, same tree as `abstract_params`."""
-    specs: Params = {
-        "embedding": spec("vocab", "embed"),
-        "layers": {name: spec("layer", *axes) for name, axes in block_axes(cfg).items()},
-        "norm": spec("embed"),
-    }
-    return specs if cfg.tied else specs | {"head": spec("vocab", "embed")}
+    """PartitionSpec of every parameter at rest on the current mesh, same tree as `abstract_params`.
+
+    ConfigError when the FFN channels do not divide the mesh's `model` axis.
+    """
+    outside: dict[str, tuple[str, ...]] = {"embedding": ("vocab", "embed"), "norm": ("embed",)}
+    outside |= {} if cfg.tied else {"head": ("vocab", "embed")}
+    layers = {name: ("layer", *axes) for name, axes in block_axes(cfg).items()}
+    return _layouts(cfg, stored, outside) | {"layers": _layouts(cfg, stored, layers)}
 
 
 def place(cfg: ModelConfig, params: Params) -> Params:
@@ -143,14 +167,15 @@ def place_separate(cfg: ModelConfig, params: Params, count: int) -> Params:
     return jax.tree.map(put, parallel.separate_layout(params, count), specs)
 
 
-def merge(cfg: ModelConfig, params: Params) -> Backbone:
-    """The module over traced parameters; free at run time."""
-    return nnx.merge(_declare(cfg)[0], params)
+def gathered(cfg: ModelConfig, layer: Params, dtype) -> Block:
+    """One layer's parameters out of their stacks, in the layout and dtype of the computation, as a module."""
+    layouts = _layouts(cfg, computed, block_axes(cfg))
 
+    def gather_one(name: str, w: jax.Array) -> jax.Array:
+        # separate experts, [E, C, D], are used where they lie
+        return gather(w, layouts[name], dtype) if w.ndim == len(layouts[name]) else w.astype(dtype)
 
-def embed(embedding_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
-    """Token embeddings [B, T, D] in the compute dtype."""
-    return embedding_VD.at[ids_BT].get(out_sharding=ACTIVATION).astype(dtype)
+    return nnx.merge(_block_graph(cfg), {name: gather_one(name, w) for name, w in layer.items()})
 
 
 def head_weight(params: Params) -> jax.Array:
@@ -181,7 +206,6 @@ def forward(
     tap(h_BTF, layer, layer's table or None) is called on the input of down_proj in a dense run; its outputs come back
     stacked [L, ...].
     """
-    model = merge(cfg, params)
     positions_BT = positions(segments_BT)
     rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     mask_BTT = packed_mask(segments_BT)
@@ -189,6 +213,7 @@ def forward(
 
     def body(x_BTD, layer_inputs):
         layer, layer_table, window = layer_inputs
+        layer = gathered(cfg, layer, x_BTD.dtype)
 
         def attend(q, k, v):
             limit = windowed(mask_BTT, positions_BT, positions_BT, window) if any(cfg.windows) else mask_BTT
@@ -201,16 +226,17 @@ def forward(
 
         return layer(x_BTD, rope, attend, ffn)
 
-    if remat == "full":
-        body = jax.checkpoint(body, prevent_cse=False, policy=jax.checkpoint_policies.nothing_saveable)
-    x_BTD = embed(model.embedding[...], ids_BT, dtype)
-    x_BTD, seen = jax.lax.scan(body, x_BTD, (model.layers, table, windows(cfg)))
-    return rms_norm(x_BTD, model.norm[...], cfg.norm_eps), seen
+    as_stored = batch_devices() == 1 and params["layers"]["w_q"].dtype == dtype
+    if remat != "none" or not as_stored:
+        body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
+    x_BTD = embed(params["embedding"], ids_BT, dtype)
+    x_BTD, seen = jax.lax.scan(body, x_BTD, (params["layers"], table, windows(cfg)))
+    return rms_norm(x_BTD, params["norm"], cfg.norm_eps), seen
 
 
 def unembed(params: Params, x_BTD: jax.Array) -> jax.Array:
     """float32 logits [B, T, V] of hidden states."""
-    w_VD = head_weight(params).astype(x_BTD.dtype)
+    w_VD = gather(head_weight(params), jax.P(None, None), x_BTD.dtype)
     return jnp.einsum("btd,vd->btv", x_BTD, w_VD, preferred_element_type=jnp.float32, out_sharding=ACTIVATION)
 
 
@@ -236,7 +262,6 @@ def step(
     Rows may hold prompts of different lengths, padded on the right: a slot written by padding is overwritten by the
     token that later takes its position, before any query may see it.
     """
-    model = merge(cfg, params)
     rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
     slots = cache["k"].shape[2]
     mask_BTS = cache_mask(positions_BT, slots)
@@ -245,14 +270,15 @@ def step(
     def body(carry, layer_inputs):
         x_BTD, k_LBSKH, v_LBSKH = carry
         index, layer, layer_table, window = layer_inputs
-        new = {}
+        layer, new = gathered(cfg, layer, x_BTD.dtype), {}
 
         def attend(q, k, v):
             new["k"] = write_cache(k_LBSKH, index, positions_BT, k)
             new["v"] = write_cache(v_LBSKH, index, positions_BT, v)
             limit = windowed(mask_BTS, positions_BT, slot_BS, window) if any(cfg.windows) else mask_BTS
+            lies = jax.typeof(q).sharding.spec
             q = jax.reshard(q, REPLICATED)  # as the cache
-            return attention(q, new["k"][index], new["v"][index], limit, cfg.head_dim**-0.5)
+            return jax.reshard(attention(q, new["k"][index], new["v"][index], limit, cfg.head_dim**-0.5), lies)
 
         def ffn(y_BTD, block):
             return experts.run(y_BTD, block, layer_table, route), None
@@ -260,7 +286,7 @@ def step(
         x_BTD, _ = layer(x_BTD, rope, attend, ffn)
         return (x_BTD, new["k"], new["v"]), None
 
-    x_BTD = embed(model.embedding[...], ids_BT, dtype)
-    inputs = (jnp.arange(cfg.layer), model.layers, table, windows(cfg))
+    x_BTD = embed(params["embedding"], ids_BT, dtype)
+    inputs = (jnp.arange(cfg.layer), params["layers"], table, windows(cfg))
     (x_BTD, k_LBSKH, v_LBSKH), _ = jax.lax.scan(body, (x_BTD, cache["k"], cache["v"]), inputs)
-    return rms_norm(x_BTD, model.norm[...], cfg.norm_eps), {"k": k_LBSKH, "v": v_LBSKH}
+    return rms_norm(x_BTD, params["norm"], cfg.norm_eps), {"k": k_LBSKH, "v": v_LBSKH}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from readme_jax.config import RopeScaling
-from readme_jax.sharding import spec
+from readme_jax.sharding import BATCH, spec
 
 ACTIVATION = spec("batch", "seq", None)
 
@@ -27,6 +27,24 @@ def linear(x_BTD: jax.Array, w_OD: jax.Array, b_O: jax.Array | None = None) -> j
     """x @ w^T + b, the weight in Hugging Face's [out, in] orientation, computed in the dtype of x."""
     y_BTO = jnp.einsum("btd,od->bto", x_BTD, w_OD.astype(x_BTD.dtype), out_sharding=ACTIVATION)
     return y_BTO if b_O is None else y_BTO + b_O.astype(x_BTD.dtype)
+
+
+def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
+    """Rows of a token table, [B, T, D] in `dtype`.
+
+    A table whose width is split over the batch's devices is not gathered: each device looks up its columns for the
+    tokens of all, and one all-to-all (of activations in `dtype`, not of the table) brings them where the tokens are.
+    Nor is its gradient: a device adds up its own columns.
+    """
+    columns = jax.typeof(table_VD).sharding.spec[1]
+    if columns is None:
+        return table_VD.at[ids_BT].get(out_sharding=ACTIVATION).astype(dtype)
+    # the batch axes that do not split the columns go on splitting the tokens
+    split = (columns,) if isinstance(columns, str) else columns
+    rows = tuple(axis for axis in BATCH if axis not in split) or None
+    all_BT = jax.reshard(ids_BT, jax.P(rows, None))
+    x_BTD = table_VD.at[all_BT].get(out_sharding=jax.P(rows, None, columns))
+    return jax.reshard(x_BTD.astype(dtype), ACTIVATION)
 
 
 def positions(segments_BT: jax.Array) -> jax.Array:
@@ -79,13 +97,13 @@ def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS:
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     # Said, because a reshape that adds or drops an axis of length 1 may lose the batch's place on the mesh.
-    batch = jax.typeof(q_BTNH).sharding.spec[0]
-    q_BTKGH = jnp.reshape(q_BTNH, (b, t, k, n // k, h), out_sharding=jax.P(batch, None, None, None, None))
+    batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
+    q_BTKGH = jnp.reshape(q_BTNH, (b, t, k, n // k, h), out_sharding=jax.P(batch, None, heads, None, None))
     score_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
     score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, jnp.float32(-1e30))
     weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
     y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH)
-    return jnp.reshape(y_BTKGH, (b, t, n, h), out_sharding=jax.P(batch, None, None, None))
+    return jnp.reshape(y_BTKGH, (b, t, n, h), out_sharding=jax.P(batch, None, heads, None))
 
 
 def packed_mask(segments_BT: jax.Array) -> jax.Array:

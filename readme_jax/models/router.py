@@ -14,10 +14,10 @@ from flax import nnx
 
 from readme_jax.config import RouterConfig
 from readme_jax.models.layers import (
-    ACTIVATION,
     apply_rope,
     attention,
     cache_mask,
+    embed,
     linear,
     packed_mask,
     positions,
@@ -25,7 +25,7 @@ from readme_jax.models.layers import (
     rope_tables,
     write_cache,
 )
-from readme_jax.sharding import REPLICATED, spec
+from readme_jax.sharding import REPLICATED, gather, put, spec, stored
 
 Params = dict[str, Any]
 ATTENTION_SCALE = 1.0  # the reference leaves out 1/sqrt(d)
@@ -55,14 +55,9 @@ class Router(nnx.Module):
 
 
 @functools.cache
-def _declare(cfg: RouterConfig, vocab: int, experts: int) -> tuple[Any, Params]:
-    graph, state = nnx.split(nnx.eval_shape(lambda: Router(cfg, vocab, experts)))
-    return graph, nnx.to_pure_dict(state)
-
-
 def abstract_params(cfg: RouterConfig, vocab: int, experts: int) -> Params:
     """Shapes of the router's parameter tree (float32)."""
-    return _declare(cfg, vocab, experts)[1]
+    return nnx.to_pure_dict(nnx.state(nnx.eval_shape(lambda: Router(cfg, vocab, experts))))
 
 
 def init_params(cfg: RouterConfig, embedding_VD: np.ndarray, experts: int, seed: int) -> Params:
@@ -85,37 +80,55 @@ def init_params(cfg: RouterConfig, embedding_VD: np.ndarray, experts: int, seed:
     }
 
 
-def _config_of(params: Params) -> tuple[int, int]:
-    return params["embedding"].shape[0], params["head"].shape[0]
+def param_specs(params: Params) -> Params:
+    """PartitionSpec of every parameter at rest on the current mesh, for a tree of arrays or shapes."""
+
+    def one(path, leaf):
+        # a matrix is [out, width]; the bias of the head has one entry an expert
+        width = None if path[-1].key == "b_head" else "router"
+        lead = ("layer",) if path[0].key == "layers" else ()
+        return stored((*lead, *(None,) * (leaf.ndim - len(lead) - 1), width), leaf.shape)
+
+    return jax.tree_util.tree_map_with_path(one, params)
+
+
+def place(params: Params) -> Params:
+    """Put host parameters on the current mesh by the sharding table."""
+    return jax.tree.map(put, params, param_specs(params))
+
+
+def _whole(w: jax.Array) -> jax.Array:
+    return gather(w, jax.P(*(None,) * w.ndim), w.dtype)
 
 
 def _run(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax.Array, theta: float, attend, carry):
     """The router with attention left to `attend(q, k, v, index, carry) -> (y_BTNH, carry)`; logits [B, T, E], carry."""
-    model = nnx.merge(_declare(cfg, *_config_of(params))[0], params)
     head_dim = cfg.width // cfg.heads
     rope = rope_tables(positions_BT, head_dim, theta)
 
     def body(state, layer_inputs):
         x_BTR, carry = state
         index, layer = layer_inputs
-        y_BTR = rms_norm(x_BTR, layer.attn_norm[...], cfg.norm_eps)
+        layer = {name: _whole(w) for name, w in layer.items()}
 
-        def heads(w, b):
+        def project(x_BTR, name):
+            return linear(x_BTR, layer[f"w_{name}"], layer[f"b_{name}"])
+
+        def heads(name):
             shape = (*ids_BT.shape, cfg.heads, head_dim)
-            return jnp.reshape(linear(y_BTR, w[...], b[...]), shape, out_sharding=spec("batch", "seq", None, None))
+            return jnp.reshape(project(y_BTR, name), shape, out_sharding=spec("batch", "seq", None, None))
 
-        q, k = apply_rope(heads(layer.w_q, layer.b_q), rope), apply_rope(heads(layer.w_k, layer.b_k), rope)
-        y_BTNH, carry = attend(q, k, heads(layer.w_v, layer.b_v), index, carry)
-        x_BTR += linear(y_BTNH.reshape(*ids_BT.shape, cfg.width), layer.w_o[...], layer.b_o[...])
-        y_BTR = rms_norm(x_BTR, layer.mlp_norm[...], cfg.norm_eps)
-        y_BTR = jax.nn.silu(linear(y_BTR, layer.w_in[...], layer.b_in[...]))
-        return (x_BTR + linear(y_BTR, layer.w_out[...], layer.b_out[...]), carry), None
+        y_BTR = rms_norm(x_BTR, layer["attn_norm"], cfg.norm_eps)
+        y_BTNH, carry = attend(apply_rope(heads("q"), rope), apply_rope(heads("k"), rope), heads("v"), index, carry)
+        x_BTR += project(y_BTNH.reshape(*ids_BT.shape, cfg.width), "o")
+        y_BTR = rms_norm(x_BTR, layer["mlp_norm"], cfg.norm_eps)
+        return (x_BTR + project(jax.nn.silu(project(y_BTR, "in")), "out"), carry), None
 
     with jax.named_scope("router"):
-        x_BTR = model.embedding[...].at[ids_BT].get(out_sharding=ACTIVATION)
-        (x_BTR, carry), _ = jax.lax.scan(body, (x_BTR, carry), (jnp.arange(cfg.layers), model.layers))
-        x_BTR = rms_norm(x_BTR, model.norm[...], cfg.norm_eps)
-        return linear(x_BTR, model.head[...], model.b_head[...]).astype(jnp.float32), carry
+        x_BTR = embed(params["embedding"], ids_BT, params["embedding"].dtype)
+        (x_BTR, carry), _ = jax.lax.scan(body, (x_BTR, carry), (jnp.arange(cfg.layers), params["layers"]))
+        x_BTR = rms_norm(x_BTR, params["norm"], cfg.norm_eps)
+        return linear(x_BTR, _whole(params["head"]), params["b_head"]).astype(jnp.float32), carry
 
 
 def logits(cfg: RouterConfig, params: Params, ids_BT: jax.Array, segments_BT: jax.Array, theta: float) -> jax.Array:
