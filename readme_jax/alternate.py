@@ -5,8 +5,10 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts
@@ -16,7 +18,7 @@ from readme_jax.losses import LabelConfig
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
 from readme_jax.sharding import MeshConfig
-from readme_jax.steps import Tuned, Way
+from readme_jax.steps import Tuned, Way, plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -143,6 +145,37 @@ def needed_records(batches: Batches, steps: int) -> np.ndarray:
     """Sorted ids of all records that the first `steps` batches hold."""
     seen = [batches.index(step).ravel() for step in range(steps)]
     return np.unique(np.concatenate(seen)) if seen else np.zeros(0, np.int32)
+
+
+class RoutedBatches:
+    """Batches of expert steps on the mesh, with the route that `way` wants.
+
+    place(number) gives a placed batch, route(router params, ids, segments) its experts, None when there is one expert.
+    A plan of the host needs the ids there: those of the next step are asked for before this one runs, so that the
+    host never waits for a step.
+    """
+
+    def __init__(self, place: Callable[[int], dict], route: Callable | None, experts: int, way: Way):
+        self._place, self._route, self._experts = place, route, experts
+        self._way: Way = way
+        self._ahead: tuple[int, dict, jax.Array] | None = None
+
+    def take(self, number: int, params: Any, last: bool) -> dict:
+        """The batch of step `number`. `params`: the router's; after the step that is `last` they may change."""
+        batch, expert_ABT = self._ask(number, params)
+        if self._way == "masked":
+            return batch | {"route": plan(expert_ABT, self._experts, "masked", put=lambda array: array)}
+        self._ahead = None if last else (number + 1, *self._ask(number + 1, params))
+        expert_ABT = jax.device_get(expert_ABT)
+        return batch | {"route": plan(expert_ABT, self._experts, self._way)}
+
+    def _ask(self, number: int, params: Any) -> tuple[dict, jax.Array]:
+        if self._ahead is not None and self._ahead[0] == number:
+            return self._ahead[1:]
+        batch = self._place(number)
+        if self._route is None:
+            return batch, jnp.zeros_like(batch["ids"])
+        return batch, self._route(params, batch["ids"], batch["segments"])
 
 
 class LabelCache:

@@ -333,6 +333,10 @@ def test_alternate(stages, refused, tmp_path):
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     alternate(["kd_weight needs the dense teacher"], model=separate, router__steps=0)
+    alternate(["experts.way=parallel needs separate experts"], experts__way="parallel")
+    mesh = {"mesh__data": 1, "mesh__expert": 2, "experts__way": "parallel", "router__steps": 0}
+    rule = ["experts=3 must be a multiple of", "expert=2"]
+    alternate(rule, model=separate, experts__kd_weight=0, experts__ce_weight=1, early=False, **mesh)
     alternate(["router.steps needs labels of a dense run"], model=separate, experts__kd_weight=0, experts__ce_weight=1)
 
 

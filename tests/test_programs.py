@@ -260,6 +260,21 @@ def test_separate_storage(stages, tmp_path):
     assert np.abs(tuned.logits(ids) - apart.logits(ids)).max() > 1e-3
 
 
+def test_parallel_experts_are_masked_ones(stages, tmp_path):
+    """Three experts on three devices, two batches of them: what one device gets, in fewer channels a token."""
+    separate = tmp_path / "separate"
+    carving.to_separate(stages.tuned, separate)
+    run = {"model": separate, "router__steps": 0, "experts__kd_weight": 0.0, "experts__ce_weight": 1.0}
+    run |= {"experts__batch": 6, "experts__accum": 2}
+    one = stages.alternate(tmp_path / "one", **run)
+    mesh = {"mesh__data": 2, "mesh__expert": 3}
+    many = stages.alternate(tmp_path / "many", **run, experts__way="parallel", **mesh)
+    for key in ("experts/loss", "experts/grad_norm"):
+        assert logged(many, key) == pytest.approx(logged(one, key), rel=1e-5)
+    for name, array in weights(one).items():
+        np.testing.assert_allclose(weights(many)[name], array, rtol=0, atol=2e-4, err_msg=name)
+
+
 # ---- evaluate, generate, export ---------------------------------------------------------------
 
 

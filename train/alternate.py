@@ -13,13 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, first_records, needed_records
+from readme_jax.alternate import AlternateConfig, LabelCache, RoutedBatches, first_records, needed_records
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
 from readme_jax.losses import HeadLoss
 from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
-from readme_jax.models import backbone, router
+from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
 from readme_jax.sharding import batch_devices, model_devices, put, spec, use_mesh
 
@@ -47,15 +47,15 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
     for name, phase in plan.items():
-        fits = phase.batch % batch_devices() == 0
+        fits = phase.batch % batch_devices() == 0 or not phase.steps
         require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
     pools = {"router": first_records(records, config.router.records), "experts": records}
     batches = {
         name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
     }
-    one_device = batch_devices() * model_devices() == 1
-    require(one_device or config.experts.way == "masked", "experts.way=grouped runs on one device: set mesh.data=1")
+    way, one_device = config.experts.way, batch_devices() * model_devices() == 1
+    require(one_device or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
     # ---- model: the teacher is frozen, the student starts as a copy of it
     if experts is None:
         raise ConfigError(f"model={config.model} is not carved; run `readme-jax carve` first")
@@ -66,8 +66,12 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     tied = experts.storage == "tied"
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
-    specs = backbone.param_specs(cfg)
-    teacher, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32)
+    require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
+    specs, shapes = backbone.param_specs(cfg), None
+    if way == "parallel":
+        specs, shapes = parallel.separate_specs(specs), backbone.abstract_params(cfg)
+        shapes = parallel.separate_layout(shapes, experts.experts)
+    teacher, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32, shapes=shapes)
     assert table_LEC is not None
     table = make_table(table_LEC, cfg.mlp)
     if not alone and router_params is None:
@@ -117,6 +121,11 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     start, last_save, pending = Stopwatch(), Stopwatch(), None
     tokens = {name: p.batch * p.accum * batches[name].seq for name, p in plan.items()}
     bars = {}
+
+    def place(batch: dict) -> dict:
+        return {key: put(batch[key], MICRO) for key in ("ids", "segments")}
+
+    routed = RoutedBatches(lambda number: place(batches["experts"][number]), route, experts.experts, way)
     spent = {"router": 0.0, "experts": 0.0}
     while tick < config.total:
         name, number = config.at(tick)
@@ -124,10 +133,10 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         if name not in bars:
             whole, taken = (n * tokens[name] for n in (plan[name].steps * config.rounds, number))
             bars[name] = progress(whole, name, initial=taken)
-        batch = batches[name][number]
-        placed = {key: put(batch[key], MICRO) for key in ("ids", "segments")}
         if name == "router":
             assert router_step is not None
+            batch = batches[name][number]
+            placed = place(batch)
             if cache is not None:
                 target = cache[batch["index"]]
             else:
@@ -137,13 +146,8 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
             placed["target"] = put(target, jax.P(*MICRO, None))
             phases["router"], values = router_step(phases["router"], placed)
         else:
-            expert_ABT = jnp.zeros_like(placed["ids"])
-            if route is not None:
-                expert_ABT = route(phases["router"].params, placed["ids"], placed["segments"])
-            if config.experts.way == "grouped":
-                placed["route"] = steps.plan(np.asarray(expert_ABT), experts.experts, "grouped")
-            else:
-                placed["route"] = steps.plan(expert_ABT, experts.experts, "masked", put=lambda a: a)
+            chooser = phases["router"].params if route is not None else None
+            placed = routed.take(number, chooser, last=config.ends_phase(tick))
             kd = teacher if config.experts.kd_weight else None
             phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
         # the step before is logged while this one runs: the loop never waits for the device
