@@ -77,14 +77,14 @@ def ladder(tokens: int, peers: int) -> tuple[int, ...]:
     if peers == 1:
         return (tokens,)
     mean = tokens / peers
-    low, high = mean + 1.5 * mean**0.5, mean + 3.2 * mean**0.5
+    low, high = mean + 1.6 * mean**0.5, mean + 3.0 * mean**0.5
     skewed = min(max(3 * mean, high), tokens)
 
     def up(sizes) -> set[int]:
         steps = np.where(sizes < 128, 2, 4)
         return set(np.minimum(tokens, -(-sizes // steps) * steps).astype(int).tolist())
 
-    rungs = up(np.linspace(low, high, 8)) | up(np.geomspace(high, skewed, 12)[1:])
+    rungs = up(np.linspace(low, high, 6)) | up(np.geomspace(high, skewed, 14)[1:])
     return tuple(sorted(rungs | up(np.geomspace(skewed, tokens, RUNGS - len(rungs) + 1)[1:])))
 
 

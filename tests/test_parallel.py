@@ -285,9 +285,26 @@ def test_rows_past_the_last_block_do_not_matter(mesh, kind):
 def test_tpu_runs_a_ragged_dot():
     with on((2, 2, 2)):
         traced = value_and_grad.trace(*arguments(8, "even"))
-        text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cpu")}
+        text = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ("tpu", "cpu", "cuda")}
     assert "ragged_dot" in text["tpu"] and "stablehlo.while" not in text["tpu"]
-    assert "ragged_dot" not in text["cpu"] and "stablehlo.while" in text["cpu"]
+    for portable in ("cpu", "cuda"):
+        assert "ragged_dot" not in text[portable] and "stablehlo.while" in text[portable]
+
+
+def test_lowers_for_a_mesh_of_128_that_is_not_here():
+    def shape(mesh, dims, partition, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(dims, dtype, sharding=jax.NamedSharding(mesh, partition))
+
+    mesh = jax.sharding.AbstractMesh((8, 8, 2), AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        x = shape(mesh, (64, 512, D), parallel.TOKENS)
+        w = {name: shape(mesh, (16, 64, D), parallel.WEIGHT) for name in ("w_gate", "w_up", "w_down")}
+        table = experts.ExpertTable(*(shape(mesh, (16, 64), jax.P(), dtype) for dtype in (jnp.int32, jnp.bool_)))
+        routes = parallel.abstract_routes((1, 64, 512), 16)
+        assert [r.send_GXS.shape[-1] for r in routes] == list(routing.ladder(512, 8))
+        route = jax.eval_shape(lambda r: jax.tree.map(lambda a: a[0], r), routes[0])
+        text = value_and_grad.trace(x, w, table, route, x).lower(lowering_platforms=("tpu",)).as_text()
+    assert "ragged_dot" in text and "all_to_all" in text and "all_gather" not in text
 
 
 # ---- shapes -------------------------------------------------------------------------------------
@@ -342,8 +359,8 @@ ROWS = [[24], [10, 14], [5], [3, 4], [20], [24], [9, 9], []]
 @functools.cache
 def trained(shape, way):
     """(losses of five steps, parameters after each as [L, F, D] on the host, where the layers lie, compiled text)."""
-    rng = np.random.default_rng(0)
     ids, segments = packed(ROWS * 2, 24, CFG.vocab)
+    expert = np.random.default_rng(0).integers(0, EXPERTS, ids.shape).astype(np.int32)
     host = random_params(backbone.abstract_params(CFG), seed=1)
     own_LEC = np.tile(np.arange(CFG.mlp, dtype=np.int32).reshape(EXPERTS, -1), (CFG.layer, 1, 1))
     step = steps.make_expert_step(CFG, HeadLoss(kd=0.0, ce=1.0, chunk=12), SGD)
@@ -351,9 +368,13 @@ def trained(shape, way):
         apart = way == "parallel"
         params = backbone.place_separate(CFG, host, EXPERTS) if apart else backbone.place(CFG, host)
         phase, table = steps.start(params, SGD), make_table(own_LEC, CFG.mlp)
+        # one mesh accumulates: the sum over microbatches is that of one batch
+        ids_ABT, segments_ABT, expert_ABT = (
+            a.reshape(2 if shape == (2, 2, 2) else 1, -1, 24) for a in (ids, segments, expert)
+        )
         micro = jax.P(None, *spec("batch", "seq"))
-        batch = {"ids": put(ids.reshape(2, 8, 24), micro), "segments": put(segments.reshape(2, 8, 24), micro)}
-        batch["route"] = steps.plan(rng.integers(0, EXPERTS, (2, 8, 24)).astype(np.int32), EXPERTS, way)
+        batch = {"ids": put(ids_ABT, micro), "segments": put(segments_ABT, micro)}
+        batch["route"] = steps.plan(expert_ABT, EXPERTS, way)
         run = step.lower(phase, {}, None, table, batch).compile()
         losses, seen = [], []
         for _ in range(STEPS):

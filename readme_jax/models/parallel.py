@@ -7,7 +7,8 @@ token is dropped and no expert weight ever moves.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from readme_jax import routing
 from readme_jax.config import require
-from readme_jax.sharding import AXES, expert_devices, spec
+from readme_jax.sharding import AXES, batch_devices, expert_devices, spec
 
 # Names of what remat must keep, so that the backward pass does not send the tokens again.
 ROWS = "expert_rows"
@@ -46,14 +47,13 @@ class Parallel:
     blocks_GE: jax.Array | None
 
 
-SPECS = Parallel(
-    spec("batch", None, None),
-    spec("batch", "seq"),
-    spec("batch", None, None),
-    spec("batch", None, None),
-    spec("batch", None),
-)
-FIELDS = [field.name for field in dataclasses.fields(Parallel)]
+SPECS = {
+    "send_GXS": spec("batch", None, None),
+    "place_BT": spec("batch", "seq"),
+    "group_GPR": spec("batch", None, None),
+    "ungroup_GXS": spec("batch", None, None),
+    "blocks_GE": spec("batch", None),
+}
 WEIGHT, BIAS, TOKENS = spec("own_expert", "mlp", None), spec("own_expert", "mlp"), spec("batch", "seq", None)
 
 
@@ -63,12 +63,14 @@ def place(plan: routing.Exchange, put: Callable) -> Parallel:
 
 
 def abstract_routes(shape_ABT: tuple[int, int, int], experts: int) -> list[Parallel]:
-    """Every route that a batch of this shape can have on the current mesh, as shapes: what a program compiles ahead.
+    """Every route that a batch of this shape can have on the current mesh, as shapes: what a program compiles ahead, or
+    lowers for a mesh that is not there (an abstract one).
 
     One entry a rung of `routing.ladder`; leaves are `jax.ShapeDtypeStruct` with their sharding.
     """
-    mesh = jax.sharding.get_mesh()
-    data, peers = mesh.shape["data"], mesh.shape["expert"]
+    mesh, peers = jax.sharding.get_mesh(), expert_devices()
+    mesh = jax.sharding.get_abstract_mesh() if mesh.empty else mesh  # devices, where there are some
+    data = batch_devices() // peers
 
     def shaped(shape, partition):
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=jax.NamedSharding(mesh, jax.P(None, *partition)))
@@ -79,10 +81,11 @@ def abstract_routes(shape_ABT: tuple[int, int, int], experts: int) -> list[Paral
     return [_with_specs(shaped, plan) for plan in plans]
 
 
-def _with_specs(make: Callable, values) -> Parallel:
+def _with_specs(make: Callable, values: Iterable[Any]) -> Parallel:
     """make(value, PartitionSpec) of each field of a route that is there."""
-    specs = (getattr(SPECS, name) for name in FIELDS)
-    return Parallel(*(None if value is None else make(value, s) for value, s in zip(values, specs, strict=True)))
+    pairs = zip(SPECS.items(), values, strict=True)
+    fields: dict[str, Any] = {name: None if value is None else make(value, s) for (name, s), value in pairs}
+    return Parallel(**fields)
 
 
 # ---- layout of the weights ----------------------------------------------------------------------
@@ -273,8 +276,8 @@ def _one_expert(x_WD: jax.Array, w: dict[str, jax.Array]) -> jax.Array:
 
 
 def _several_experts(x_WD: jax.Array, w: dict[str, jax.Array], blocks_E: jax.Array, r: int) -> jax.Array:
-    def project(name):
-        y_WC = _matmul("up", r, x_WD, w[f"w_{name}"], blocks_E)
+    def project(name) -> jax.Array:
+        y_WC: jax.Array = _matmul("up", r, x_WD, w[f"w_{name}"], blocks_E)
         if f"b_{name}" not in w:
             return y_WC
         bias_PC = w[f"b_{name}"][_owners(blocks_E, len(x_WD) // r)]
@@ -294,6 +297,6 @@ def ffn(x_BTD: jax.Array, layer, route: Parallel) -> jax.Array:
     made = own * expert_devices()
     require(made == experts, f"the route is made for {made} experts on this mesh, the layer has {experts}")
     specs = {name: WEIGHT if w.ndim == 3 else BIAS for name, w in weights.items()}
-    present = _with_specs(lambda _, partition: partition, [getattr(route, name) for name in FIELDS])
+    present = _with_specs(lambda _, partition: partition, (getattr(route, name) for name in SPECS))
     y_BTD = jax.shard_map(_local, in_specs=(specs, TOKENS, present), out_specs=TOKENS)(weights, x_BTD, route)
     return y_BTD + layer.b_down[...].astype(y_BTD.dtype) if hasattr(layer, "b_down") else y_BTD
