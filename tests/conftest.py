@@ -1,11 +1,14 @@
 """Eight forced CPU devices, warnings are errors, meshes as fixtures. Set before jax is imported."""
 
 import os
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["HF_HUB_OFFLINE"] = "1"
+# `datasets` keeps what it has read of local files: not in the user's own cache
+os.environ["HF_DATASETS_CACHE"] = os.path.join(tempfile.gettempdir(), "readme-jax-tests-datasets")
 
 import jax
 import pytest
