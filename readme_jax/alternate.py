@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts
+from readme_jax.checkpoint import CheckpointConfig
 from readme_jax.config import RouterConfig, free, require
 from readme_jax.data import Batches, Records
 from readme_jax.losses import LabelConfig
@@ -107,15 +108,14 @@ class AlternateConfig:
     """Devices on each mesh axis."""
     seed: int = 0
     """Seed of data order and router initialisation."""
-    checkpoint_minutes: float = free(5.0)
-    """Minutes between two checkpoints of an unfinished run; a phase's end is always saved."""
+    checkpoint: CheckpointConfig = free(CheckpointConfig())
+    """When an unfinished run saves itself; a phase's end is always saved."""
     tensorboard: bool = free(False)
     """Also write TensorBoard events into the result folder."""
 
     def __post_init__(self):
         require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
-        require(self.checkpoint_minutes > 0, f"checkpoint_minutes={self.checkpoint_minutes} must be positive")
         require(self.router.records >= 0, f"router.records={self.router.records} must not be negative")
         for name, phase in (("router", self.router), ("experts", self.experts)):
             require(phase.steps >= 0, f"{name}.steps={phase.steps} must not be negative")

@@ -1,48 +1,229 @@
-"""Training checkpoints. The only file that knows Orbax (v1).
+"""Training checkpoints: `{name: pure tree}` at an integer step, written while training goes on. The only file that
+knows Orbax (v1).
 
-A checkpoint is `{name: pure tree}` at an integer step. Orbax writes beside the final name and renames, so a kill
-leaves the previous checkpoint the latest.
+Orbax writes into `<root>/<step>`. When all files are there, `whole.json` is added with the size and CRC-32 of each: a
+folder without it, or that differs from it, does not count.
 """
 
+import concurrent.futures
+import dataclasses
+import json
+import os
+import shutil
+import sys
+import threading
+import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from readme_jax.config import CheckpointError
+from readme_jax import artifacts
+from readme_jax.config import CheckpointError, ReadMeError, require
+
+MARK = "whole.json"
+
+
+class SaveError(ReadMeError):
+    """A checkpoint that could not be written (a full disk, say). The ones before it are whole."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When an unfinished run saves itself, and what it keeps. The end of each phase is always saved."""
+
+    minutes: float = 5.0
+    """Minutes between two checkpoints; 0: none by time."""
+    steps: int = 0
+    """Steps between two checkpoints; 0: none by steps."""
+    keep: int = 2
+    """The newest checkpoints that are kept. With 2 a damaged one costs the time between two."""
+    keep_best: int = 0
+    """Checkpoints kept beside them: those with the lowest expert loss, a mean over `window` expert steps."""
+    window: int = 20
+    """Expert steps whose mean loss stands for a checkpoint."""
+    resume: Literal["newest", "best"] = "newest"
+    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones."""
+
+    def __post_init__(self):
+        require(self.minutes >= 0, f"checkpoint.minutes={self.minutes} must not be negative")
+        require(self.steps >= 0, f"checkpoint.steps={self.steps} must not be negative")
+        require(self.keep >= 1, f"checkpoint.keep={self.keep} must be at least 1")
+        require(self.keep_best >= 0, f"checkpoint.keep_best={self.keep_best} must not be negative")
+        require(self.window >= 1, f"checkpoint.window={self.window} must be at least 1")
+        best = self.resume == "newest" or self.keep_best > 0
+        require(best, "checkpoint.resume=best needs checkpoint.keep_best of at least 1")
 
 
 class Checkpoints:
-    """Checkpoints of one run below `root`; the newest `keep` are kept."""
+    """Checkpoints of one run below `root`."""
 
-    def __init__(self, root: Path, keep: int = 1):
-        training = ocp.training
-        self._inner = training.Checkpointer(
-            Path(root).absolute(),
-            preservation_policy=training.preservation_policies.LatestN(keep),
-        )
+    def __init__(self, root: Path, keep: int = 2, keep_best: int = 0):
+        self._root, self._keep, self._keep_best = Path(root).absolute(), keep, keep_best
+        self._finishing: threading.Thread | None = None
+        self._error: Exception | None = None
+        self._last: int | None = None
+        self._damaged: set[int] = set()
 
-    def latest(self) -> int | None:
-        """Step of the newest whole checkpoint, None when there is none."""
-        found = self._inner.latest
-        return None if found is None else found.step
+    def find(self, resume: Literal["newest", "best"] = "newest") -> int | None:
+        """Step of the newest (or best) whole checkpoint, None when there is none; a warning names those skipped.
 
-    def save(self, step: int, trees: dict[str, Any]) -> None:
-        """Write a checkpoint and wait for it: the caller goes on to donate these buffers."""
-        self._inner.save_checkpointables(step, trees, force=True, overwrite=True)
+        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it.
+        """
+        self._last = self._find(resume)
+        return self._last
 
-    def restore(self, like: dict[str, Any]) -> dict[str, Any]:
-        """Read the newest checkpoint with the shapes, dtypes and shardings of `like` (arrays already placed)."""
+    def _find(self, resume: str) -> int | None:
+        if not self._root.is_dir():
+            return None
+        for path in self._root.iterdir():
+            if not path.name.isdigit():  # what Orbax or `_remove` had in hand
+                shutil.rmtree(path, ignore_errors=True)
+        candidates = sorted(self._steps(), reverse=True)
+        if resume == "best":
+            scores = {step: score for step in candidates if (score := self._score(step)) is not None}
+            candidates = [*sorted(scores, key=lambda step: (scores[step], -step)), *candidates]
+        for step in candidates:
+            why = damage(self._root / str(step))
+            if not why:
+                for later in self._steps():
+                    if resume == "best" and later > step:
+                        self._remove(later)
+                return step
+            self._damaged.add(step)
+            print(f"warning: checkpoint {step} is skipped: {why}", file=sys.stderr, flush=True)
+        return None
+
+    def save(self, step: int, trees: dict[str, Any], score: float | None = None) -> None:
+        """Begin to write a checkpoint; waits for the one before it and for a copy of the arrays on the host.
+
+        The caller may donate the arrays at once. score: what `keep_best` ranks by, lower is better. SaveError when the
+        one before could not be written.
+        """
+        self.wait()
+        if step == self._last:
+            return
+        path, self._last = self._root / str(step), step
+        try:
+            with _options():
+                response = ocp.save_checkpointables_async(path, trees, overwrite=True)
+        except Exception as error:  # a full disk raises what TensorStore makes of it
+            raise _unsaved(step, error) from None
+        self._finishing = threading.Thread(target=self._finish, args=(response, step, score))
+        self._finishing.start()
+
+    def _finish(self, response: Any, step: int, score: float | None) -> None:
+        try:
+            response.result()
+            seal(self._root / str(step), score)
+            self._damaged.discard(step)
+            self._prune()
+        except Exception as error:
+            self._error = _unsaved(step, error)
+
+    def wait(self) -> None:
+        """Until the last `save` is on disk, whole. SaveError when it could not be written."""
+        if self._finishing is not None:
+            self._finishing.join()
+            self._finishing = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
+        """Read a checkpoint with the shapes, dtypes and shardings of `like` (arrays already placed).
+
+        CheckpointError when it is not there or holds something else.
+        """
 
         def abstract(leaf):
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
         try:
-            return self._inner.load_checkpointables(None, jax.tree.map(abstract, like))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            raise CheckpointError(f"checkpoint {self.latest()}: {' '.join(str(error).split())[:300]}") from None
+            return ocp.load_checkpointables(self._root / str(step), jax.tree.map(abstract, like))
+        except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
+            raise CheckpointError(f"checkpoint {step}: {' '.join(str(error).split())[:300]}") from None
 
     def close(self) -> None:
-        """Finish and release."""
-        self._inner.close()
+        """Wait for what is being written."""
+        self.wait()
+
+    def _steps(self) -> list[int]:
+        return [int(path.name) for path in self._root.iterdir() if path.name.isdigit() and path.is_dir()]
+
+    def _score(self, step: int) -> float | None:
+        mark = _read_mark(self._root / str(step))
+        return None if mark is None else mark["score"]
+
+    def _prune(self) -> None:
+        whole = sorted(
+            step for step in self._steps() if step not in self._damaged and _read_mark(self._root / str(step))
+        )
+        scores = {step: score for step in whole if (score := self._score(step)) is not None}
+        kept = {*whole[-self._keep :], *sorted(scores, key=lambda step: (scores[step], -step))[: self._keep_best]}
+        for step in self._steps():
+            if step not in kept:
+                self._remove(step)
+
+    def _remove(self, step: int) -> None:
+        # Renamed first: a kill half-way through leaves nothing that looks like a damaged checkpoint.
+        path, gone = self._root / str(step), self._root / f".removed-{step}"
+        shutil.rmtree(gone, ignore_errors=True)
+        os.rename(path, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def _options() -> ocp.Context:
+    context = ocp.Context()
+    context.array.saving.use_compression = False  # trained floats do not shrink: three times faster without
+    return context
+
+
+def _unsaved(step: int, error: Exception) -> SaveError:
+    return SaveError(f"checkpoint {step} cannot be written: {' '.join(str(error).split())[:300]}")
+
+
+def checksums(folder: Path) -> dict[str, list[int]]:
+    """[bytes, CRC-32] of every file below a folder except its mark, by relative name."""
+    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MARK)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        return dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_checksum, paths)))
+
+
+def _checksum(path: Path) -> list[int]:
+    value = 0
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            value = zlib.crc32(piece, value)
+    return [path.stat().st_size, value]
+
+
+def seal(folder: Path, score: float | None = None) -> None:
+    """Declare a checkpoint whole."""
+    artifacts.write_text(folder / MARK, json.dumps({"score": score, "files": checksums(folder)}))
+
+
+def _read_mark(folder: Path) -> dict[str, Any] | None:
+    try:
+        return json.loads((folder / MARK).read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def damage(folder: Path) -> str:
+    """What is wrong with a checkpoint, in a few words with the name of the file; empty when it is whole."""
+    mark = _read_mark(folder)
+    if mark is None:
+        return f"{folder}: it was not written to its end ({MARK} is missing)"
+    for name, (size, _) in mark["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{path}: missing"
+        if path.stat().st_size != size:
+            return f"{path}: {path.stat().st_size} bytes, {size} were written"
+    found = checksums(folder)
+    for name, entry in mark["files"].items():
+        if found[name] != entry:
+            return f"{folder / name}: its checksum differs from when it was written"
+    return ""

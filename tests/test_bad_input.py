@@ -453,7 +453,7 @@ def test_an_unfinished_run_with_other_options_is_kept(stages, refused, tmp_path,
     assert (partial / "checkpoints").is_dir()
     other = stages.yaml("alternate", out, seed=7)
     refused([partial, "unfinished result of another run", "seed=0 there, 7 here"], "alternate", "--config", other)
-    cli.dispatch(["alternate", "--config", stages.yaml("alternate", out, checkpoint_minutes=1.5)])
+    cli.dispatch(["alternate", "--config", stages.yaml("alternate", out, checkpoint__minutes=1.5)])
     assert differing(out, stages.tuned) == set(), "another pace of checkpoints is the same run"
 
 

@@ -1,6 +1,9 @@
-"""Checkpoints: what goes in comes out, bit for bit and in place; the newest whole one counts."""
+"""Checkpoints: what goes in comes out, bit for bit and in place; written while training goes on; damage is skipped."""
 
+import json
+import os
 import shutil
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +11,9 @@ import numpy as np
 import optax
 import pytest
 
-from readme_jax import steps
-from readme_jax.checkpoint import Checkpoints
-from readme_jax.config import CheckpointError
+from readme_jax import checkpoint, steps
+from readme_jax.checkpoint import CheckpointConfig, Checkpoints, SaveError, damage
+from readme_jax.config import CheckpointError, ConfigError
 from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 
 
@@ -33,59 +36,235 @@ def equal(a, b):
     )
 
 
+def saved(root, *at, **options):
+    """Checkpoints at the given steps, each of `phases(step)`, all on disk."""
+    checkpoints = Checkpoints(root, **options)
+    for step in at:
+        checkpoints.save(step, phases(step))
+    checkpoints.close()
+    return checkpoints
+
+
+def on_disk(root):
+    return sorted(int(p.name) for p in root.iterdir() if p.name.isdigit())
+
+
 @pytest.mark.parametrize("mesh", [MeshConfig(data=1), MeshConfig(data=2, model=2)], ids=["one", "four"])
 def test_round_trip(tmp_path, mesh):
     with use_mesh(mesh):
-        saved = phases(seed=1)
+        first = phases(seed=1)
         checkpoints = Checkpoints(tmp_path / "c")
-        assert checkpoints.latest() is None
-        checkpoints.save(12, saved)
+        assert checkpoints.find() is None
+        checkpoints.save(12, first)
         checkpoints.close()
         again = Checkpoints(tmp_path / "c")
-        assert again.latest() == 12
-        restored = again.restore(phases(seed=2))
-        assert equal(restored, saved) and not equal(restored, phases(seed=2))
+        assert again.find() == 12
+        restored = again.restore(12, phases(seed=2))
+        assert equal(restored, first) and not equal(restored, phases(seed=2))
         # arrays of its own: what is restored may be donated
         jax.jit(lambda t: jax.tree.map(lambda a: a + 1, t), donate_argnums=0)(restored)
-        assert equal(again.restore(phases(seed=2)), saved)
-        again.close()
+        assert equal(again.restore(12, phases(seed=2)), first)
 
 
-def test_the_newest_is_kept(tmp_path, mesh):
-    checkpoints = Checkpoints(tmp_path / "c", keep=2)
-    for step in (1, 2, 5):
+def test_onto_another_mesh(tmp_path):
+    with use_mesh(MeshConfig(data=2, model=4)):
+        saved(tmp_path / "c", 3)
+        there = jax.tree.map(np.asarray, phases(3))
+    for other in (MeshConfig(data=8), MeshConfig(data=1)):
+        with use_mesh(other):
+            like = phases(0)
+            restored = Checkpoints(tmp_path / "c").restore(3, like)
+            jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.asarray, restored), there)
+            assert [a.sharding for a in jax.tree.leaves(restored)] == [a.sharding for a in jax.tree.leaves(like)]
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_training_goes_on_and_donates_while_it_is_written(tmp_path, monkeypatch, count):
+    """The writer is held until training has overwritten the donated arrays many times; what it writes is the old."""
+    hold, held, mkdir = threading.Event(), threading.Event(), os.mkdir
+
+    def waits(path, *args, **kwargs):
+        if threading.current_thread() is not threading.main_thread():
+            held.set()
+            hold.wait()
+        mkdir(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", waits)
+    (tmp_path / "c").mkdir()
+    with use_mesh(MeshConfig(data=count)):
+        host = np.random.default_rng(0).normal(size=(8, 1 << 17)).astype(np.float32)  # 4 MB
+        state = {"m": {"x": put(host, spec("batch", None))}}
+        step = jax.jit(lambda tree: jax.tree.map(lambda a: a * -1.5 + 1, tree), donate_argnums=0)
+        state = step(state)
+        then = np.array(state["m"]["x"])
+        checkpoints = Checkpoints(tmp_path / "c")
+        checkpoints.save(1, state)
+        for _ in range(20):
+            state = step(state)
+        jax.block_until_ready(state)
+        assert held.wait(60) and not list((tmp_path / "c").rglob("d/*")), "no array is written yet"
+        hold.set()
+        checkpoints.close()
+        np.testing.assert_array_equal(checkpoints.restore(1, state)["m"]["x"], then)
+        assert not np.array_equal(state["m"]["x"], then)
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
+    root = tmp_path / "c"
+    checkpoints = Checkpoints(root, keep=2, keep_best=1)
+    for step, score in ((1, None), (2, 3.0), (4, 1.0), (6, 2.0), (7, 2.5), (9, 4.0)):
+        checkpoints.save(step, phases(step), score)
+    checkpoints.save(9, phases(1))  # a step that is saved already is not written again
+    checkpoints.close()
+    assert on_disk(root) == [4, 7, 9]
+    again = Checkpoints(root, keep=2, keep_best=1)
+    assert again.find() == 9 and equal(again.restore(9, phases()), phases(9))
+    assert on_disk(root) == [4, 7, 9]
+    assert again.find("best") == 4 and on_disk(root) == [4], "the run goes back to it"
+    again.save(5, phases(5), 0.5)
+    again.save(8, phases(8), None)
+    again.save(9, phases(8), None)
+    again.close()
+    assert on_disk(root) == [5, 8, 9] and again.find("best") == 5
+
+
+def cut(folder, name="d"):
+    """The largest file below `folder` whose path holds `/name/`."""
+    return max((p for p in folder.rglob("*") if p.is_file() and f"/{name}/" in str(p)), key=lambda p: p.stat().st_size)
+
+
+def truncate(folder):
+    path = cut(folder)
+    path.write_bytes(path.read_bytes()[:-7])
+    return f"{path}: {path.stat().st_size} bytes, {path.stat().st_size + 7} were written"
+
+
+def flip(folder):
+    path = cut(folder)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return f"{path}: its checksum differs"
+
+
+def unmark(folder):
+    (folder / checkpoint.MARK).unlink()
+    return "it was not written to its end"
+
+
+def lose(folder):
+    path = cut(folder)
+    path.unlink()
+    return f"{path}: missing"
+
+
+def lose_tree(folder):
+    shutil.rmtree(folder / "experts")
+    return "experts/"
+
+
+def empty(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+    return "it was not written to its end"
+
+
+def half_a_mark(folder):
+    (folder / checkpoint.MARK).write_text((folder / checkpoint.MARK).read_text()[:-9])
+    return "it was not written to its end"
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, unmark, lose, lose_tree, empty, half_a_mark])
+def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, mesh, capsys, harm):
+    root = tmp_path / "c"
+    saved(root, 3, 4, 6, keep=3)
+    assert not damage(root / "6")
+    said = harm(root / "6")
+    checkpoints = Checkpoints(root, keep=2)
+    assert checkpoints.find() == 4 and equal(checkpoints.restore(4, phases()), phases(4))
+    warned = capsys.readouterr().err
+    assert warned.startswith("warning: checkpoint 6 is skipped: ") and said in warned and warned.count("\n") == 1
+    said = harm(root / "4")
+    assert checkpoints.find() == 3
+    assert capsys.readouterr().err.count("is skipped") == 2
+    # it is written anew where it was, and what is damaged goes with the next whole one
+    checkpoints.save(6, phases(60))
+    checkpoints.close()
+    assert on_disk(root) == [3, 6] and checkpoints.find() == 6 and not capsys.readouterr().err
+    assert equal(checkpoints.restore(6, phases()), phases(60))
+
+
+def test_left_overs_of_a_kill_are_cleared(tmp_path, mesh, capsys):
+    root = tmp_path / "c"
+    saved(root, 3)
+    shutil.copytree(root / "3", root / "4.orbax-checkpoint-tmp-17")
+    shutil.copytree(root / "3", root / ".removed-2")
+    (root / "2.orbax-checkpoint-tmp").mkdir()
+    checkpoints = Checkpoints(root)
+    assert checkpoints.find() == 3 and not capsys.readouterr().err
+    assert [p.name for p in root.iterdir()] == ["3"]
+    for step in (4, 5):
         checkpoints.save(step, phases(step))
-    checkpoints.save(5, phases(6))  # written again after a kill right behind it
     checkpoints.close()
-    assert sorted(int(p.name) for p in (tmp_path / "c").iterdir() if p.name.isdigit()) == [2, 5]
-    again = Checkpoints(tmp_path / "c", keep=2)
-    assert again.latest() == 5 and equal(again.restore(phases()), phases(6))
-    again.close()
-
-
-def test_a_half_written_checkpoint_does_not_count(tmp_path, mesh):
-    checkpoints = Checkpoints(tmp_path / "c")
-    checkpoints.save(3, phases(3))
-    checkpoints.close()
-    half = tmp_path / "c" / "4.orbax-checkpoint-tmp"
-    shutil.copytree(tmp_path / "c" / "3", half)
-    again = Checkpoints(tmp_path / "c")
-    assert again.latest() == 3 and equal(again.restore(phases()), phases(3))
-    again.save(4, phases(4))
-    assert again.latest() == 4
-    again.close()
+    assert on_disk(root) == [4, 5]
+    assert Checkpoints(tmp_path / "none").find() is None
+    for step in (4, 5):
+        truncate(root / str(step))
+    assert checkpoints.find() is None, "with none whole the run begins anew"
 
 
 def test_what_does_not_fit_is_an_error(tmp_path, mesh):
     checkpoints = Checkpoints(tmp_path / "c")
-    with pytest.raises(CheckpointError):
-        checkpoints.restore(phases())
+    with pytest.raises(CheckpointError, match="checkpoint 3: "):
+        checkpoints.restore(3, phases())
     checkpoints.save(3, phases(3))
+    checkpoints.close()
     like = phases(width=5)
     with pytest.raises(CheckpointError, match="checkpoint 3: ") as caught:
-        checkpoints.restore(like)
+        checkpoints.restore(3, like)
     assert "\n" not in str(caught.value)
     more = phases()
     with pytest.raises(CheckpointError, match="checkpoint 3: "):
-        checkpoints.restore(more | {"third": {"w": jnp.ones(2)}})
-    checkpoints.close()
+        checkpoints.restore(3, more | {"third": {"w": jnp.ones(2)}})
+
+
+def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeypatch):
+    root = tmp_path / "c"
+    checkpoints = saved(root, 3)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint.artifacts, "write_text", full)
+        checkpoints.save(4, phases(4))
+        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*No space left"):
+            checkpoints.save(5, phases(5))
+    assert Checkpoints(root).find() == 3
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SaveError, match="checkpoint 1 cannot be written"):
+        blocked = Checkpoints(tmp_path / "file")
+        blocked.save(1, phases())
+        blocked.close()
+
+
+@pytest.mark.parametrize(
+    "bad, said",
+    [
+        ({"keep": 0}, "checkpoint.keep=0 must be at least 1"),
+        ({"minutes": -1.0}, "checkpoint.minutes=-1.0"),
+        ({"steps": -1}, "checkpoint.steps=-1"),
+        ({"window": 0}, "checkpoint.window=0"),
+        ({"resume": "best"}, "checkpoint.resume=best needs checkpoint.keep_best"),
+    ],
+)
+def test_bad_policies(bad, said):
+    with pytest.raises(ConfigError, match=said):
+        CheckpointConfig(**bad)
+
+
+def test_the_mark_is_plain_json(tmp_path, mesh):
+    saved(tmp_path / "c", 3)
+    mark = json.loads((tmp_path / "c/3" / checkpoint.MARK).read_text())
+    names = {p.relative_to(tmp_path / "c/3").as_posix() for p in (tmp_path / "c/3").rglob("*") if p.is_file()}
+    assert set(mark) == {"score", "files"} and set(mark["files"]) == names - {checkpoint.MARK}

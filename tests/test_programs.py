@@ -137,13 +137,13 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
         with monkeypatch.context() as patch:
             dies_at(patch, alternate.steps, "make_expert_step", call)
             with pytest.raises(Killed):
-                stages.alternate(out, checkpoint_minutes=1e-9)
+                stages.alternate(out, checkpoint__minutes=1e-9)
         assert (f"resumed at step {resumed} of 8" in capsys.readouterr().out) == (resumed is not None)
-    stages.alternate(out, checkpoint_minutes=1e-9)
+    stages.alternate(out, checkpoint__minutes=1e-9)
     assert differing(out, stages.tuned) == set()
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
     with pytest.raises(ArtifactError, match="belongs to another run .*seed=0 there, 1 here"):
-        stages.alternate(out, checkpoint_minutes=1e-9, seed=1)
+        stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
 
 
 def test_interrupted_calibration_goes_on(stages, tmp_path, monkeypatch):

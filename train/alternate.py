@@ -6,6 +6,8 @@ In: a carved model and packed text. Out: a model folder with tuned weights and r
 at any moment, the same command goes on from the last checkpoint, bit for bit.
 """
 
+import collections
+import contextlib
 import json
 
 import jax
@@ -33,12 +35,14 @@ def main(argv: list[str] | None = None) -> None:
     if artifacts.finished(config.out, "alternate", config, parents):
         print(f"tuned model: {config.out} (already there)")
         return
+    pace = config.checkpoint
     with use_mesh(config.mesh), artifacts.building(config.out, "alternate", config, parents) as work:
-        train(config, work)
+        with contextlib.closing(Checkpoints(work.path / "checkpoints", pace.keep, pace.keep_best)) as checkpoints:
+            train(config, work, checkpoints)
     print(f"tuned model: {config.out}")
 
 
-def train(config: AlternateConfig, work: artifacts.Work) -> None:
+def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoints) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
@@ -96,10 +100,11 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
         router_step = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
         route = steps.make_route(router_cfg, cfg.rope_theta)
     # ---- resume, then labels that do not depend on training
-    checkpoints = Checkpoints(work.path / "checkpoints")
-    tick = resumed = checkpoints.latest() or 0
+    pace = config.checkpoint
+    tick = resumed = checkpoints.find(pace.resume) or 0
+    recent = collections.deque(maxlen=pace.window)  # expert losses, by which `keep_best` ranks
     if tick:
-        phases = checkpoints.restore(phases)
+        phases = checkpoints.restore(tick, phases)
         print(f"resumed at step {tick} of {config.total}")
     metrics = Metrics(work.path / "metrics.jsonl", tick, work.path / "tensorboard" if config.tensorboard else None)
     cache = None
@@ -151,20 +156,19 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
             kd = teacher if config.experts.kd_weight else None
             phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
         # the step before is logged while this one runs: the loop never waits for the device
-        _log(metrics, bars, pending)
+        _log(metrics, bars, recent, pending)
         pending = (tick, name, values)
         tick += 1
-        due = config.ends_phase(tick - 1) or last_save.seconds > 60 * config.checkpoint_minutes
-        if due:
-            _log(metrics, bars, pending)
+        due = config.ends_phase(tick - 1) or (pace.steps and tick % pace.steps == 0)
+        if due or (pace.minutes and last_save.seconds > 60 * pace.minutes):
+            _log(metrics, bars, recent, pending)
             pending = None
-            checkpoints.save(tick, phases)
+            checkpoints.save(tick, phases, float(np.mean(recent)) if recent else None)
             last_save = Stopwatch()
         bars[name].update(tokens[name])
         spent[name] += start.seconds - began
     for bar in bars.values():
         bar.close()
-    checkpoints.close()
     metrics.close()
     # ---- result
     write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
@@ -177,12 +181,14 @@ def train(config: AlternateConfig, work: artifacts.Work) -> None:
     }
 
 
-def _log(metrics: Metrics, bars, pending) -> None:
+def _log(metrics: Metrics, bars, recent: collections.deque, pending) -> None:
     if pending is None:
         return
     tick, name, values = pending
     values = {f"{name}/{key}": float(value) for key, value in values.items()}
     metrics.log(tick, values)
+    if name == "experts":
+        recent.append(values["experts/loss"])
     bars[name].set_postfix_str(f"loss {values[f'{name}/loss']:.3f}", refresh=False)
 
 

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 
     router = {"steps": plan.router_steps, "batch": plan.router_batch, "optim": {"lr": 1e-3, "warmup": 5}}
     experts = {"steps": plan.expert_steps, "batch": 1, "optim": {"lr": 2e-4, "warmup": 2}}
-    tune = {"data": f["data"], "rounds": 1, "seed": config.seed, **one, "checkpoint_minutes": 2.0}
+    tune = {"data": f["data"], "rounds": 1, "seed": config.seed, **one, "checkpoint": {"minutes": 2.0}}
     router |= {"records": plan.label_records}
     none = {"steps": 0, "batch": 1}
     run.stage(
