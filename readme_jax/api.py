@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, generation, hf, sources
-from readme_jax.config import ConfigError, DataError, ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.config import CheckpointError, ConfigError, DataError, ExpertConfig, ModelConfig, RouterConfig, require
 from readme_jax.data import load_tokenizer
 from readme_jax.generation import Decoder, Sampling
 from readme_jax.models import backbone, router
@@ -55,7 +55,10 @@ class Model:
         """Ids that end a generation: of generation_config.json and the tokenizer."""
         path, found = self.folder / "generation_config.json", []
         if path.is_file():
-            eos = json.loads(path.read_text()).get("eos_token_id")
+            try:
+                eos = json.loads(path.read_text()).get("eos_token_id")
+            except (ValueError, AttributeError):
+                raise CheckpointError(f"{path}: must be a JSON object") from None
             found = eos if isinstance(eos, list) else [eos]
         return frozenset(i for i in [*found, self.tokenizer.eos_token_id] if i is not None)
 

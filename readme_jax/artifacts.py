@@ -30,6 +30,7 @@ from readme_jax.config import (
 )
 
 MANIFEST = "manifest.json"
+MARK = "run.json"  # in an unfinished folder: whose it is
 BIG = 64 << 20  # bytes: a file from here on is not read again while its times are those of when it was hashed
 
 
@@ -114,10 +115,18 @@ def read_manifest(folder: str | Path) -> dict:
     """The manifest of a finished folder; ArtifactError when there is none or it cannot be read."""
     path = Path(folder) / MANIFEST
     require(path.is_file(), f"{folder}: not a finished result ({MANIFEST} is missing)", ArtifactError)
+    return _read_json(path, "stage", "fingerprint", "config", "info", "files")
+
+
+def _read_json(path: Path, *keys: str) -> dict:
+    """A JSON object with these keys at least; ArtifactError for anything else."""
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError:
+        data = json.loads(path.read_text())
+    except ValueError:  # not JSON, not UTF-8
         raise ArtifactError(f"{path}: not valid JSON; the result was damaged") from None
+    whole = isinstance(data, dict) and all(key in data for key in keys)
+    require(whole, f"{path}: must be an object with {', '.join(keys)}; the result was damaged", ArtifactError)
+    return data
 
 
 def verify(folder: str | Path, *, hashes: bool | Literal["changed"] = False) -> dict:
@@ -194,18 +203,18 @@ def building(
 
     The parents' hashes are checked first. The partial folder survives a kill, and the same run goes on from what it
     finds there; one of another run raises ArtifactError, since hours of work may lie in it. Bad input leaves nothing
-    of a folder begun here. A full disk leaves no result and raises ArtifactError. `resolved`: what config.yaml holds,
-    where a program's whole config is more than `config`.
+    of a folder begun here. A full disk leaves no result, but what earlier starts did, and raises ArtifactError.
+    `resolved`: what config.yaml holds, where a program's whole config is more than `config`.
     """
     for parent in parents.values():
         verify(parent, hashes="changed")
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    mark = partial / "run.json"
+    mark = partial / MARK
     mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
     fresh = not mark.is_file()  # killed before its mark was written: nothing else is there yet
     if not fresh:
-        other = _difference(json.loads(mark.read_text()), stage, config, parents)
+        other = _difference(_read_json(mark, "stage", "fingerprint", "config"), stage, config, parents)
         advice = f"an unfinished result of another run is in {partial}; choose another out, or remove that folder"
         require(not other, f"{advice} ({other})", ArtifactError)
     try:
@@ -242,8 +251,10 @@ def building(
         raise
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(partial, ignore_errors=True)
-            raise ArtifactError(f"out={folder}: the disk is full; nothing was written") from None
+            kept = f"what an earlier start has done is kept in {partial}"
+            if fresh:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise ArtifactError(f"out={folder}: the disk is full; {'nothing was written' if fresh else kept}") from None
         if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
             raise ArtifactError(f"out={folder}: cannot be written ({os.strerror(error.errno)})") from None
         raise

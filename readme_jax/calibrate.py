@@ -20,7 +20,7 @@ class CalibrateConfig:
     """One calibration."""
 
     model: Path
-    """Dense model folder (result of `import`, or any Hugging Face folder)."""
+    """Dense model folder (result of `import`)."""
     data: Path
     """Result of `data`; its calibration records are read."""
     out: Path

@@ -135,7 +135,8 @@ def prepare(
         mark = work.path / "inputs.json"
         if mark.is_file() and json.loads(mark.read_text()) != inputs:
             for stale in work.path.glob("*.*"):
-                stale.unlink()
+                if stale.name != artifacts.MARK:
+                    stale.unlink()
         artifacts.write_text(mark, json.dumps(inputs))
         work.info["inputs"] = inputs
         work.info["domains"] = {
@@ -147,10 +148,16 @@ def prepare(
 def _inputs(config: DataConfig, tokenizer: "PreTrainedTokenizerFast", vocab: int) -> dict:
     """What the records depend on beside the config. Fallback text is pinned by hash where it is fetched."""
     named = {name: source_files(name, d) for name, d in config.domains.items() if d.source == "files"}
+
+    def stamp(path: Path) -> list:
+        return [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+
     return {
         "vocab": vocab,
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
-        "files": {name: [[p.name, p.stat().st_size] for p in paths] for name, paths in named.items()},
+        "files": {
+            name: [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in paths] for name, paths in named.items()
+        },
     }
 
 

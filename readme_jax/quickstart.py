@@ -101,7 +101,10 @@ def load_plan(path: Path, config: QuickstartConfig) -> Plan | None:
     """The plan of an earlier start in the same folder; ArtifactError when it was made for other options."""
     if not path.is_file():
         return None
-    plan = Plan(**json.loads(path.read_text()))
+    try:
+        plan = Plan(**json.loads(path.read_text()))
+    except (ValueError, TypeError):
+        raise ArtifactError(f"{path}: damaged; remove it, and the run is planned anew") from None
     for name in ("minutes", "seed"):
         old, new = getattr(plan, name), getattr(config, name)
         require(

@@ -181,6 +181,24 @@ def test_changes_are_noticed(tmp_path):
     (out / "manifest.json").write_text("{")
     with pytest.raises(ArtifactError, match="manifest.json: not valid JSON; the result was damaged"):
         finished(out)
+    for text in ("{}", "[]", '{"stage": 1}'):
+        (out / "manifest.json").write_text(text)
+        with pytest.raises(ArtifactError, match="manifest.json: must be an object with stage, fingerprint"):
+            finished(out)
+    (out / "manifest.json").write_bytes(b"\xff")
+    with pytest.raises(ArtifactError, match="manifest.json: not valid JSON"):
+        finished(out)
+
+
+def test_a_full_disk_keeps_what_earlier_starts_did(tmp_path):
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    for error in (KeyboardInterrupt(), OSError(errno.ENOSPC, "full")):
+        with pytest.raises((KeyboardInterrupt, ArtifactError)) as caught:
+            with artifacts.building(out, "stage", Config(out), {}) as work:
+                (work.path / "half").write_text("hours of work")
+                raise error
+    assert "the disk is full; what an earlier start has done is kept" in str(caught.value)
+    assert (partial / "half").read_text() == "hours of work"
 
 
 def test_big_files_are_read_again_only_when_touched(tmp_path, monkeypatch):

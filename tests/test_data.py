@@ -443,6 +443,26 @@ def run(tmp_path):
     return DataConfig(domains=domains, seq=32, train_tokens=1000, eval_tokens=500, calibration_tokens=96)
 
 
+def test_a_source_that_changed_while_unfinished(tmp_path, run, tokenizer, monkeypatch):
+    """What was packed of the old text goes, whose the folder is stays."""
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_prepare_domain", die)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                data.prepare(run, tokenizer, out, VOCAB)
+            (partial / "a.train.ids.npy").write_bytes(b"of the old text")
+            write_jsonl(tmp_path / "a.jsonl", texts(400, 9))
+        with pytest.raises(ArtifactError, match="unfinished result of another run .*seq=32 there, 16 here"):
+            data.prepare(dataclasses.replace(run, seq=16), tokenizer, out, VOCAB)
+    data.prepare(run, tokenizer, out, VOCAB)
+    assert data.open_records(out, "train")["a"].ids.shape[1] == 32
+
+
 def test_prepare_and_open(tmp_path, run, tokenizer):
     out = data.prepare(run, tokenizer, tmp_path / "out", VOCAB)
     assert load_yaml(DataConfig, out) == run

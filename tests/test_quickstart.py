@@ -130,7 +130,8 @@ def fake_folders(root):
     folders["carved"].mkdir()
     info = {"names": ["a", "b"], "channels": 4, "mlp": 8, "overlap": [[1, 0.5], [0.5, 1]], "error": 0.0}
     info |= {"shared_share": 0.5, "union_share": 0.75, "pairwise_overlap": 0.5}
-    (folders["carved"] / "manifest.json").write_text(json.dumps({"info": info}))
+    rest = {"stage": "carve", "fingerprint": "", "config": {}, "files": {}}
+    (folders["carved"] / "manifest.json").write_text(json.dumps({**rest, "info": info}))
     return folders
 
 
