@@ -115,7 +115,7 @@ def read_manifest(folder: str | Path) -> dict:
     """The manifest of a finished folder; ArtifactError when there is none or it cannot be read."""
     path = Path(folder) / MANIFEST
     require(path.is_file(), f"{folder}: not a finished result ({MANIFEST} is missing)", ArtifactError)
-    return _read_json(path, "stage", "fingerprint", "config", "info", "files")
+    return _read_json(path, "files")  # cached text has a manifest too, of fewer keys
 
 
 def _read_json(path: Path, *keys: str) -> dict:
@@ -165,6 +165,7 @@ def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
         f"out={folder} is not empty and was not made by readme-jax; choose another folder",
         ArtifactError,
     )
+    _read_json(folder / MANIFEST, "stage", "fingerprint", "config", "info", "files")
     manifest = verify(folder)
     other = _difference(manifest, stage, config, parents)
     require(not other, f"out={folder} belongs to another run ({other}); choose another folder", ArtifactError)
