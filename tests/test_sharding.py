@@ -3,6 +3,7 @@
 import re
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType
@@ -12,6 +13,7 @@ from readme_jax.config import ConfigError, ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import ExpertTable, Masked, make_table
+from readme_jax.models.layers import embed
 from readme_jax.sharding import AXES, MeshConfig, P, computed, make_mesh, put, spec, stored, use_mesh
 
 
@@ -184,3 +186,29 @@ def test_steps_of_a_7b_model_lower_on_a_pod(shape):
         }
         step = steps.make_router_step(RouterConfig(), FULL.rope_theta, tx)
         step.trace(phase, data).lower(lowering_platforms=("tpu",))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 1), (2, 2, 2), (1, 7, 1), (4, 2, 1)], ids=str)
+@pytest.mark.parametrize("width", [14, 16, 24])
+def test_rows_of_a_token_table_at_rest(shape, width):
+    """Split over both batch axes, over `data` alone or not at all; an odd `expert` axis once killed the compiler."""
+    rng = np.random.default_rng(0)
+    data, expert, model = shape
+    table_VD = rng.normal(size=(48, width)).astype(np.float32)
+    ids_BT = rng.integers(0, 48, (data * expert, 8)).astype(np.int32)
+    cotangent_BTD = rng.normal(size=(*ids_BT.shape, width)).astype(np.float32)
+    with use_mesh(MeshConfig(data=data, expert=expert, model=model)):
+        given = put(cotangent_BTD, spec("batch", "seq", None))
+
+        @jax.jit
+        def run(table_VD, ids_BT):
+            x_BTD, back = jax.vjp(lambda w: embed(w, ids_BT, jnp.float32), table_VD)
+            return x_BTD, back(given)[0]
+
+        place = stored(("vocab", "embed"), table_VD.shape)
+        x_BTD, gradient_VD = run(put(table_VD, place), put(ids_BT, spec("batch", "seq")))
+        assert jax.typeof(gradient_VD).sharding.spec == place, "the gradient comes back at rest"
+    np.testing.assert_array_equal(x_BTD, table_VD[ids_BT])
+    expected_VD = np.zeros_like(table_VD)
+    np.add.at(expected_VD, ids_BT.ravel(), cotangent_BTD.reshape(-1, width))
+    np.testing.assert_allclose(gradient_VD, expected_VD, rtol=1e-5, atol=1e-6)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from readme_jax.config import RopeScaling
-from readme_jax.sharding import BATCH, spec
+from readme_jax.sharding import spec
 
 ACTIVATION = spec("batch", "seq", None)
 
@@ -39,12 +39,11 @@ def embed(table_VD: jax.Array, ids_BT: jax.Array, dtype) -> jax.Array:
     columns = jax.typeof(table_VD).sharding.spec[1]
     if columns is None:
         return table_VD.at[ids_BT].get(out_sharding=ACTIVATION).astype(dtype)
-    # the batch axes that do not split the columns go on splitting the tokens
-    split = (columns,) if isinstance(columns, str) else columns
-    rows = tuple(axis for axis in BATCH if axis not in split) or None
-    all_BT = jax.reshard(ids_BT, jax.P(rows, None))
-    x_BTD = table_VD.at[all_BT].get(out_sharding=jax.P(rows, None, columns))
-    return jax.reshard(x_BTD.astype(dtype), ACTIVATION)
+    all_BT = jax.reshard(ids_BT, jax.P(None, None))
+    x_BTD = table_VD.at[all_BT].get(out_sharding=jax.P(None, None, columns)).astype(dtype)
+    # Where only `data` splits the columns: the all-to-all over `data`, then a slice over `expert`. In one go the XLA of
+    # jax 0.12 dies ("Could not slice dimension") when `expert` is no power of two.
+    return jax.reshard(jax.reshard(x_BTD, jax.P(columns, None, None)), ACTIVATION)
 
 
 def positions(segments_BT: jax.Array) -> jax.Array:
