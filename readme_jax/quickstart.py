@@ -15,7 +15,7 @@ DOMAINS = ("code", "docs", "wiki", "news", "science", "qa_math", "books")
 SEQ = 512
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils when")
 # Cost of a token in dense forward passes with head, measured on two CPU cores with SmolLM2-135M (docs/LOG.md).
-LABEL_COST, ROUTER_COST, EXPERT_COST = 0.9, 0.12, 5.0
+LABEL_COST, ROUTER_COST, EXPERT_COST = 0.9, 0.12, 7.0
 ARMS_EVALUATED = 6
 
 
