@@ -328,6 +328,8 @@ def test_programs_can_be_compiled_ahead(shape, count):
 
 def test_refusals():
     ids = skewed(8, "even")
+    with on((1, 1, 4)), pytest.raises(ConfigError, match=r"channels=6 of an expert .* multiple of the mesh's model=4"):
+        apart(bank(8), 8)
     with on((1, 8, 1)):
         with pytest.raises(ConfigError, match=r"experts=12 must be a multiple of the mesh's expert=8"):
             steps.plan(ids[None], 12, "parallel")

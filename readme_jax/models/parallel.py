@@ -16,7 +16,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from readme_jax import routing
 from readme_jax.config import require
-from readme_jax.sharding import AXES, batch_devices, expert_devices, spec
+from readme_jax.sharding import AXES, batch_devices, expert_devices, model_devices, spec
 
 # Names of what remat must keep, so that the backward pass does not send the tokens again.
 ROWS = "expert_rows"
@@ -94,12 +94,15 @@ def _with_specs(make: Callable, values: Iterable[Any]) -> Parallel:
 def separate_layout(params: dict, experts: int) -> dict:
     """A backbone's tree with its experts apart: the FFN's [L, E * C, ...] as [L, E, C, ...], a view of host arrays.
 
-    Leaves may be abstract. ConfigError when the channels are no multiple of `experts`, or those of the mesh.
+    Leaves may be abstract. ConfigError when the experts do not divide F, the mesh's `expert` axis the experts, or its
+    `model` axis their channels.
     """
     rows = params["layers"]["w_gate"].shape[1]
     require(rows % experts == 0, f"mlp={rows} must be a multiple of experts={experts}: these experts are not separate")
     routing.check_split(experts, expert_devices())
-    return _bank(params, lambda shape: (shape[0], experts, shape[1] // experts, *shape[2:]))
+    width, many = rows // experts, model_devices()
+    require(width % many == 0, f"channels={width} of an expert must be a multiple of the mesh's model={many}")
+    return _bank(params, lambda shape: (shape[0], experts, width, *shape[2:]))
 
 
 def flat_layout(params: dict) -> dict:
