@@ -76,7 +76,8 @@ class ExpertPhase:
     """How experts run: `masked` all used channels times the token's mask, `grouped` one matmul an expert on one device,
     `parallel` separate experts on the mesh's `expert` axis, tokens sent to them."""
     remat: Remat = "none"
-    """`full` recomputes activations in the backward pass: less memory, a third more time."""
+    """`full` recomputes activations in the backward pass: less memory, a third more time. `names` does too, but keeps
+    the tokens that `parallel` experts were sent: they are not sent again (for the other ways it is `full`)."""
     head_chunk: int = 128
     """Positions whose logits exist at once."""
 

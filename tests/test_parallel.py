@@ -402,6 +402,19 @@ def test_training_is_that_of_one_device(shape):
     assert not re.findall(r"f32\[[\d,]*\b(?:2|4),16\]\S* all-gather", text)
 
 
+@pytest.mark.parametrize("remat, sends", [("none", 4), ("names", 4), ("full", 5)])
+def test_remat_of_the_whole_step(remat, sends):
+    """Two all-to-alls in the scan over layers, two in that of the backward pass, and what remat repeats."""
+    step = steps.make_expert_step(CFG, HeadLoss(kd=0.0, ce=1.0, chunk=12), SGD, remat=remat)
+    with on((1, 8, 1)):
+        params = backbone.place_separate(CFG, random_params(backbone.abstract_params(CFG)), EXPERTS)
+        own_LEC = np.tile(np.arange(CFG.mlp, dtype=np.int32).reshape(EXPERTS, -1), (CFG.layer, 1, 1))
+        ids = put(np.ones((1, 8, 24), np.int32), jax.P(None, *spec("batch", "seq")))
+        batch = {"ids": ids, "segments": ids, "route": parallel.abstract_routes((1, 8, 24), EXPERTS)[0]}
+        traced = step.trace(steps.start(params, SGD), {}, None, make_table(own_LEC, CFG.mlp), batch)
+    assert count_primitive(traced.jaxpr.jaxpr, "all_to_all") == sends
+
+
 def moved(params, host):
     """What a step changed; keys' bias has no gradient (softmax does not see it)."""
     change = jax.tree.map(np.subtract, params, host)

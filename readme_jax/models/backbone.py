@@ -31,7 +31,7 @@ from readme_jax.models.layers import (
 from readme_jax.sharding import REPLICATED, batch_devices, computed, gather, model_devices, put, stored
 
 Params = dict[str, Any]
-Remat = Literal["none", "full"]
+Remat = Literal["none", "full", "names"]
 
 
 def _all_but_weights(primitive, *_, **__) -> bool:
@@ -43,6 +43,7 @@ def _all_but_weights(primitive, *_, **__) -> bool:
 POLICIES: dict[Remat, Callable[..., bool]] = {
     "none": _all_but_weights,
     "full": jax.checkpoint_policies.nothing_saveable,
+    "names": jax.checkpoint_policies.save_only_these_names(*parallel.REMAT_NAMES),
 }
 
 
