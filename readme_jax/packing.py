@@ -108,7 +108,7 @@ class Packer:
         return padded[0], padded[1]
 
 
-def _document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[int], list[int]]:
+def _document_marks(tokenizer: "PreTrainedTokenizerFast") -> tuple[list[Any], list[Any]]:
     # What a tokenizer adds to empty text is its own habit, whichever of its files says so.
     if tokenizer.bos_token_id is not None and tokenizer.bos_token_id in tokenizer("")["input_ids"]:
         return [tokenizer.bos_token_id], []
