@@ -105,21 +105,21 @@ class Routing:
         }
 
 
-def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float]:
+def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float | None]:
     """Token-weighted loss of records, perplexity, tokens, and the standard error of the loss over records.
 
-    Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i.
+    Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i. None with one record.
     """
     sums_N, weights_N = np.asarray(list(sums), np.float64), np.asarray(list(weights), np.float64)
     total = max(weights_N.sum(), 1.0)
     loss = sums_N.sum() / total
     n = len(sums_N)
-    error = np.sqrt(n / (n - 1) * np.square(sums_N - loss * weights_N).sum()) / total if n > 1 else 0.0
+    error = np.sqrt(n / (n - 1) * np.square(sums_N - loss * weights_N).sum()) / total if n > 1 else None
     return {
         "loss": float(loss),
         "perplexity": float(np.exp(loss)),
         "tokens": int(weights_N.sum()),
-        "error": float(error),
+        "error": None if error is None else float(error),
     }
 
 
