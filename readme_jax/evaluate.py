@@ -34,8 +34,11 @@ class EvaluateConfig:
     choice (expert 0 of a model with one expert)."""
     router: Path | None = None
     """Take the router of this folder instead of the model's own; its experts must be the same."""
-    labels: LabelConfig | None = None
-    """With the arm `dense`: also label every token, and report how often the router agrees."""
+    agreement: bool = False
+    """With the arms `dense` and `routed`: also label every token in the dense run, and report how often the router
+    agrees."""
+    labels: LabelConfig = LabelConfig()
+    """What the label of a token is, for `agreement`."""
     batch: int = 1
     """Records of one forward pass; a multiple of the mesh's batch devices."""
     mesh: MeshConfig = free(MeshConfig())
@@ -44,7 +47,11 @@ class EvaluateConfig:
     def __post_init__(self):
         require(len(self.arms) > 0, "arms: at least one is needed")
         require(len(set(self.arms)) == len(self.arms), f"arms={self.arms} names an arm twice")
-        require(self.labels is None or "dense" in self.arms, "labels: need the arm dense, whose run is labelled")
+        both = {"dense", "routed"} <= set(self.arms)
+        require(
+            both or not self.agreement, "agreement=true needs the arms dense and routed: their choices are compared"
+        )
+        require(self.agreement or self.labels == LabelConfig(), "labels: have no meaning without agreement=true")
         require(self.router is None or "routed" in self.arms, "router: has no meaning without the arm routed")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 

@@ -363,11 +363,9 @@ def test_evaluate(stages, refused, tmp_path):
     evaluate(
         ["router: has no meaning without the arm routed"], stages.tuned, "--router", stages.tuned, "--arms", "dense"
     )
-    path = tmp_path / "labels.yaml"
-    path.write_text(
-        f"{{model: {stages.static}, data: {stages.data}, out: {tmp_path / 'out'}, labels: {{kind: energy}}}}"
-    )
-    refused(["labels:", "one choice for every token"], "evaluate", "--config", path)
+    evaluate(["agreement=true", "one choice for every token"], stages.static, "--agreement")
+    evaluate(["labels: have no meaning without agreement=true"], stages.tuned, "--labels.kind", "overlap")
+    evaluate(["agreement=true needs the arms dense and routed"], stages.tuned, "--agreement", "--arms", "dense")
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)
