@@ -195,7 +195,7 @@ def router_step(s: Setup, kind: str) -> Pair:
     return Pair(name, ours, theirs, ROUTER_BATCH * SEQ, flops)
 
 
-def expert_step(s: Setup) -> Pair:
+def expert_step(s: Setup, way: steps.Way) -> Pair:
     """Frozen dense teacher, routed student, KL + CE, AdamW on all parameters; gives the loss."""
     table = experts.make_table(s.table_LEC, s.cfg.mlp)
     label = steps.make_label(s.cfg, LABELS["energy"])
@@ -210,7 +210,7 @@ def expert_step(s: Setup) -> Pair:
     def ours(turn: int):
         nonlocal phase
         i = s.first(turn, 1)
-        batch = s.micro(i, 1) | {"route": steps.plan(expert_NT[None, i : i + 1], s.experts, "grouped")}
+        batch = s.micro(i, 1) | {"route": steps.plan(expert_NT[None, i : i + 1], s.experts, way)}
         phase, means = step(phase, {}, s.params, table, batch)
         return np.asarray(means["loss"])
 
@@ -219,7 +219,8 @@ def expert_step(s: Setup) -> Pair:
         return torch.tensor(torch_step(s.torch_ids(i, 1), torch.from_numpy(expert_NT[i : i + 1].astype(np.int64))))
 
     student = backbone_flops(s.cfg, s.table_LEC.shape[-1], True)
-    return Pair("expert_step", ours, theirs, SEQ, backbone_flops(s.cfg, s.cfg.mlp, True) + 3 * student)
+    name = "expert_step" if way == "masked" else f"expert_step_{way}"
+    return Pair(name, ours, theirs, SEQ, backbone_flops(s.cfg, s.cfg.mlp, True) + 3 * student)
 
 
 # ---- measuring --------------------------------------------------------------------------------
@@ -261,7 +262,8 @@ def main() -> None:
         "calibrate": calibration,
         "router_step": lambda s: router_step(s, "overlap"),
         "router_step_energy": lambda s: router_step(s, "energy"),
-        "expert_step": expert_step,
+        "expert_step": lambda s: expert_step(s, "masked"),  # what a run takes when nothing is said
+        "expert_step_grouped": lambda s: expert_step(s, "grouped"),
     }
     chosen = args.only.split(",") if args.only else list(makers)
     figures: dict[str, float] = {}

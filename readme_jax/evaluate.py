@@ -112,7 +112,7 @@ class Routing:
         }
 
 
-def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float | None]:
+def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, Any]:
     """Token-weighted loss of records, perplexity, tokens, and the standard error of the loss over records.
 
     Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i. None with one record.

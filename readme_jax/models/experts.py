@@ -73,14 +73,15 @@ def activate(x_BTD: jax.Array, layer, keep_BTF: jax.Array | None = None, rows: s
     """h = silu(x Wg) * (x Wu), the input of down_proj: [B, T, D] -> [B, T, F] (or the first U channels), 0 where
     `keep_BTF` is False."""
     (b, t, _), x_MD = x_BTD.shape, flat(x_BTD)
-    wide = [(layer.w_gate, getattr(layer, "b_gate", None)), (layer.w_up, getattr(layer, "b_up", None))]
-    parts = []
-    for w, bias in wide:
-        w_FD = w[...][rows].astype(x_MD.dtype)
+
+    def wide(name: str) -> jax.Array:
+        w_FD = getattr(layer, f"w_{name}")[...][rows].astype(x_MD.dtype)
         y_MF = jnp.einsum("md,fd->mf", x_MD, w_FD, out_sharding=jax.P(HIDDEN[0], HIDDEN[2]))
-        y_MF = y_MF if bias is None else y_MF + bias[...][rows].astype(x_MD.dtype)
-        parts.append(jnp.reshape(y_MF, (b, t, w_FD.shape[0]), out_sharding=HIDDEN))
-    return _gated(*parts, keep_BTF)
+        if hasattr(layer, f"b_{name}"):
+            y_MF += getattr(layer, f"b_{name}")[...][rows].astype(x_MD.dtype)
+        return jnp.reshape(y_MF, (b, t, w_FD.shape[0]), out_sharding=HIDDEN)
+
+    return _gated(wide("gate"), wide("up"), keep_BTF)
 
 
 # Nothing but gate and up is kept for the backward pass: what comes after costs less to compute than to store.
