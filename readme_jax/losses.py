@@ -154,20 +154,45 @@ class HeadLoss:
     chunk: int
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A teacher whose logits are computed beside the student's: its hidden states [B, T, D] and head [V, D]."""
+
+    hidden_BTD: jax.Array
+    head_VD: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """What is kept of a teacher's distribution over the vocabulary, see `top_k`: of the K likeliest tokens, likeliest
+    first, logp = logit - log sum exp of all logits (float32) and the ids (integers); of the others together, the log of
+    their probability (float32, -inf when K = V)."""
+
+    logp_BTK: jax.Array
+    token_BTK: jax.Array
+    rest_BT: jax.Array
+
+
+Teacher = Dense | TopK
+
+
 def head_loss(
     static: HeadLoss,
     head_VD: jax.Array,
     x_BTD: jax.Array,
-    teacher: tuple[jax.Array, ...],
+    teacher: Teacher | None,
     target_BT: jax.Array,
     weight_BT: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of kd * KL + ce * CE over tokens, with the sums of both parts, from hidden states [B, T, D].
 
-    teacher: (hidden states [B, T, D], head [V, D]); or (what `top_k` gave [B, T, 2K + 1],); or () when kd is 0. It
-    gets no gradient. Of the K most likely tokens t_1..t_K of the teacher p, the KL is that of K + 1 classes, the last
-    of which is all other tokens: sum_k p(t_k) log(p(t_k) / q(t_k)) + p(rest) log(p(rest) / q(rest)). It never exceeds
-    the full KL (log sum inequality), and is equal to it for K = V.
+    The teacher p gets no gradient; it may be None when kd is 0. With TopK, of the tokens t_1..t_K, the KL is that of
+    K + 1 classes, the last of which is all other tokens:
+    sum_k p(t_k) log(p(t_k) / q(t_k)) + p(rest) log(p(rest) / q(rest)), p and q normalised over the whole vocabulary.
+    By the log sum inequality (Cover & Thomas, Elements of Information Theory, theorem 2.7.1) it never exceeds the full
+    KL, and it is equal to it for K = V.
 
     Logits exist for `chunk` positions at a time, and their gradient is taken in the same pass: the [B, T, V] arrays of
     a plain implementation are never built and nothing is recomputed. Heads come as they lie at rest: each is gathered
@@ -222,12 +247,15 @@ def _on_devices(run, out_specs, args):
 def _over_mesh(static, gradient, head_VD, x_BTD, teacher, target_BT, weight_BT):
     """`_scan_chunks` with the heads gathered before and the head's gradient back at rest behind."""
     rest = stored(("logit", "embed"), head_VD.shape)
-    by_token = tuple(teacher[:1]) if static.kd else ()
-    teacher_head = tuple(_gathered_head(w_VD, teacher[0].dtype) for w_VD in teacher[1:]) if static.kd else ()
+    by_token, heads = None, None
+    if static.kd and isinstance(teacher, Dense):
+        by_token, heads = teacher.hidden_BTD, _gathered_head(teacher.head_VD, teacher.hidden_BTD.dtype)
+    elif static.kd:
+        by_token = teacher
     sums, grad_x, grad_head = _on_devices(
         functools.partial(_scan_chunks, static, gradient, rest[1]),
         (jax.P(), ACTIVATION, rest) if gradient else (jax.P(), None, None),
-        (x_BTD, _gathered_head(head_VD, x_BTD.dtype), by_token, teacher_head, target_BT, weight_BT),
+        (x_BTD, _gathered_head(head_VD, x_BTD.dtype), by_token, heads, target_BT, weight_BT),
     )
     if gradient:
         grad_head = gather(grad_head, jax.typeof(head_VD).sharding.spec, head_VD.dtype)
@@ -282,12 +310,12 @@ def _whole_kl(logp_BTV, teacher_BTD, teacher_VD, split):
     return _sum_over(jnp.sum(p_teacher * (logp_teacher - logp_BTV), -1), split), p_teacher
 
 
-def _top_kl(logp_BTV, packed_BTX, split):
+def _top_kl(logp_BTV, teacher: TopK, split):
     """The same over the teacher's K most likely tokens and one class for the rest; see `head_loss`.
 
     With q the student: d KL / d logit_j = q_j - p_j for a token of the K, else q_j - p(rest) q_j / q(rest).
     """
-    logp_BTK, ids_BTK, rest_BT = _unpack(packed_BTX)
+    logp_BTK, ids_BTK, rest_BT = teacher.logp_BTK, teacher.token_BTK.astype(jnp.int32), teacher.rest_BT
     b, t, width = logp_BTV.shape
     own_BTK = _own_ids(ids_BTK, width, split)
     at = (jnp.arange(b)[:, None, None], jnp.arange(t)[:, None], own_BTK)
@@ -318,7 +346,10 @@ def _scan_chunks(static, gradient, scattered, batch, split, x_BTD, head, by_toke
         nll = -_pick(logp, own, split)
         kl_t, pull = jnp.zeros_like(nll), None
         if static.kd:
-            kl_t, pull = (_whole_kl if teacher_head else _top_kl)(logp, *teacher, *teacher_head, split)
+            if teacher_head is None:
+                kl_t, pull = _top_kl(logp, teacher, split)
+            else:
+                kl_t, pull = _whole_kl(logp, teacher, teacher_head, split)
         loss = jnp.sum((static.kd * kl_t + static.ce * nll) * weight)
         grad_x = None
         if gradient:
@@ -366,27 +397,21 @@ def token_loss(
     return _on_devices(run, spec("batch"), args), jnp.sum(weight_BT, -1)
 
 
-def top_k(head_VD: jax.Array, x_BTD: jax.Array, k: int, chunk: int) -> jax.Array:
-    """What `head_loss` needs of a teacher: float32 [B, T, 2k + 1] of its hidden states and head, chunk by chunk.
-
-    The log-probabilities of the k most likely tokens, likeliest first; their ids (whole numbers, exact in float32 up to
-    a vocabulary of 2^24); the log of all other tokens' probability (-inf when k = V).
-    """
+def top_k(head_VD: jax.Array, x_BTD: jax.Array, k: int, chunk: int) -> TopK:
+    """What `head_loss` needs of a teacher, from its hidden states and head; logits of `chunk` positions at a time."""
     head_VD = gather(head_VD, jax.P(None, None), x_BTD.dtype)
 
     def run(batch, split, x_BTD, head):
         def one(x):
-            logp_BTK, ids_BTK = jax.lax.top_k(logp_BTV := _log_softmax(_logits(x, head), None), k)
-            at = (jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None], ids_BTK)
-            rest_BT1 = jnp.log(jnp.sum(jnp.exp(logp_BTV).at[at].set(0), -1, keepdims=True))
-            return jnp.concatenate([logp_BTK, ids_BTK.astype(jnp.float32), rest_BT1], -1)
+            logp_BTV = _log_softmax(_logits(x, head), None)
+            logp_BTK, token_BTK = jax.lax.top_k(logp_BTV, k)
+            at = (jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None], token_BTK)
+            # the others are summed by themselves: 1 - sum p(t_k) has no digits left where they are unlikely
+            rest_BT = jnp.log(jnp.sum(jnp.exp(logp_BTV).at[at].set(0), -1))
+            return TopK(logp_BTK, token_BTK, rest_BT)
 
-        packed = jax.lax.map(one, _chunks(x_BTD, chunk))
-        return jnp.moveaxis(packed, 0, 1).reshape(x_BTD.shape[0], -1, 2 * k + 1)[:, : x_BTD.shape[1]]
+        b, t = x_BTD.shape[:2]
+        found = jax.lax.map(one, _chunks(x_BTD, chunk))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(b, -1, *a.shape[3:])[:, :t], found)
 
-    return _on_devices(run, ACTIVATION, (x_BTD, head_VD))
-
-
-def _unpack(packed_BTX: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    k = packed_BTX.shape[-1] // 2
-    return packed_BTX[..., :k], packed_BTX[..., k : 2 * k].astype(jnp.int32), packed_BTX[..., 2 * k]
+    return _on_devices(run, TopK(ACTIVATION, ACTIVATION, spec("batch", "seq")), (x_BTD, head_VD))

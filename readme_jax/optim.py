@@ -32,20 +32,21 @@ class OptimConfig:
     b2: float = 0.999
     """Decay of Adam's second moment."""
     params: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of what is trained (the masters). `bfloat16` halves them; the optimizer still computes in float32."""
-    rounding: Rounding = "nearest"
-    """How an updated parameter becomes bfloat16. `nearest` loses updates below 1/512 of the parameter for good;
-    `stochastic` rounds up with the probability that keeps the mean exact."""
+    """Dtype of the phase's parameters, tuned and frozen: 4 or 2 bytes a parameter at rest, and in the result folder.
+    The optimizer computes in float32 either way."""
+    rounding: Rounding = "stochastic"
+    """How an updated parameter becomes bfloat16 (0 bytes; float32 is not rounded). `stochastic` rounds up with the
+    probability that keeps the mean exact; `nearest` loses updates below 1/512 of the parameter, for good."""
     mu_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Dtype of Adam's first moment at rest; the second is float32 always."""
+    """Dtype of Adam's first moment at rest: 4 or 2 bytes a tuned parameter. The second moment is float32, 4 bytes."""
 
     def __post_init__(self):
-        needs = "rounding=stochastic needs params=bfloat16: nothing of a float32 parameter is rounded"
-        require(self.rounding == "nearest" or self.params == "bfloat16", needs)
         require(self.lr > 0, f"lr={self.lr} must be positive")
         require(0 < self.round_decay <= 1, f"round_decay={self.round_decay} must be in (0, 1]")
         require(self.clip > 0, f"clip={self.clip} must be positive")
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
+        rounded = self.rounding == "stochastic" or self.params == "bfloat16"
+        require(rounded, "rounding=nearest has no meaning with params=float32: it is not rounded")
 
 
 def schedule(config: OptimConfig, steps_per_round: int):
@@ -73,50 +74,74 @@ def decayed(params) -> dict:
     return jax.tree_util.tree_map_with_path(kind, params)
 
 
-def make(config: OptimConfig, steps_per_round: int) -> optax.GradientTransformation:
-    """Clip by global norm, then AdamW on the schedule."""
+def make(config: OptimConfig, steps_per_round: int, seed: int = 0) -> optax.GradientTransformation:
+    """Clip by global norm, then AdamW on the schedule, in float32 whatever the dtype of gradients and parameters.
+
+    Gradients and state lie like the parameters. seed: of the noise of stochastic rounding.
+    """
     rate = schedule(config, max(steps_per_round, 1))
     adam = optax.adamw(
         rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=decayed, mu_dtype=jnp.dtype(config.mu_dtype)
     )
-    return optax.chain(optax.clip_by_global_norm(config.clip), adam)
+    chain = optax.chain(optax.clip_by_global_norm(config.clip), adam)
+    if config.params == "float32":
+        return chain
+    half = in_float32(chain)
+    return optax.chain(half, rounded_stochastically(seed)) if config.rounding == "stochastic" else half
 
 
-def masters(params, config: OptimConfig):
-    """A copy of a tree of arrays in the dtype of the config, placed alike: what a phase trains and donates."""
-    return jax.tree.map(lambda leaf: jnp.copy(leaf).astype(config.params), params)
+def cast(tree, dtype):
+    """A tree of arrays in another dtype, each where it was; those that have it already are not copied."""
+    return jax.tree.map(lambda leaf: leaf if leaf.dtype == dtype else leaf.astype(dtype), tree)
 
 
-def float32(tree):
-    """A tree of arrays in float32, as the optimizer sees parameters and gradients of any dtype."""
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), tree)
+def in_float32(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`tx` on float32 images of gradients and parameters: its state and its updates are float32."""
+
+    def init(params):
+        return tx.init(cast(params, jnp.float32))
+
+    def update(grad, state, params=None):
+        return tx.update(cast(grad, jnp.float32), state, None if params is None else cast(params, jnp.float32))
+
+    return optax.GradientTransformation(init, update)
+
+
+def rounded_stochastically(seed: int) -> optax.GradientTransformation:
+    """The last of a chain: float32 updates become those that take each bfloat16 parameter to a rounded sum.
+
+    The noise is a function of seed, number of updates and the parameter's name: a resumed run rounds alike, and a
+    parameter more changes no other. The update stays float32: `optax.apply_updates` adds it in float32, which gives
+    the chosen bfloat16 number but for an error of 2^-24 that its own cast removes.
+    """
+
+    def init(_):
+        return optax.ScaleByScheduleState(count=jnp.zeros([], jnp.int32))
+
+    def update(updates, state, params=None):
+        key = jax.random.fold_in(jax.random.key(seed), state.count)
+
+        def one(path, param, update):
+            if param.dtype != jnp.bfloat16:
+                return update
+            name = zlib.crc32(jax.tree_util.keystr(path).encode())
+            old = param.astype(jnp.float32)
+            return stochastic_round(old + update, jax.random.fold_in(key, name)).astype(jnp.float32) - old
+
+        rounded = jax.tree_util.tree_map_with_path(one, params, updates)
+        return rounded, optax.ScaleByScheduleState(count=state.count + 1)
+
+    return optax.GradientTransformation(init, update)
 
 
 def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
-    """bfloat16 of a float32 array: up or down to a neighbour, with the probability that makes the mean exactly x.
+    """bfloat16 of a float32 array: one of the two neighbours, with the probability that makes the mean exactly x.
 
     A uniform 16-bit number is added to the 16 bits that are cut off: of 65536 equally likely numbers, as many carry as
-    those bits say. Values that bfloat16 holds stay as they are; the bits drawn do not depend on the mesh.
+    those bits say. Values that bfloat16 holds stay as they are; what is drawn does not depend on the mesh.
     """
     lies = jax.typeof(x).sharding.spec
     noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=lies).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
-
-
-def apply_updates(params, updates, rounding: Rounding, seed: int, step: jax.Array):
-    """params + updates (float32) in the dtype of each parameter.
-
-    The noise of `stochastic` is a function of seed, step and the parameter's name: a resumed run rounds alike, and a
-    parameter more moves no other.
-    """
-    key = jax.random.fold_in(jax.random.key(seed), step)
-
-    def one(path, param, update):
-        new = param.astype(jnp.float32) + update
-        if rounding == "nearest" or param.dtype != jnp.bfloat16:
-            return new.astype(param.dtype)
-        return stochastic_round(new, jax.random.fold_in(key, zlib.crc32(jax.tree_util.keystr(path).encode())))
-
-    return jax.tree_util.tree_map_with_path(one, params, updates)

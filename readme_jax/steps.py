@@ -14,13 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from readme_jax import losses, optim, sharding
+from readme_jax import losses, sharding
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss, LabelConfig
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Parallel
-from readme_jax.optim import Rounding
 from readme_jax.routing import exchange, group
 from readme_jax.sharding import batch_devices, expert_devices
 
@@ -42,7 +41,7 @@ class Phase:
 def start(params: Params, tx: optax.GradientTransformation) -> Phase:
     """A phase at step 0 that owns `params` (they will be donated)."""
     # tx.init under jit: one program, and the state is placed like the parameters
-    return Phase(jnp.int32(0), params, jax.jit(lambda tree: tx.init(optim.float32(tree)))(params))
+    return Phase(jnp.int32(0), params, jax.jit(tx.init)(params))
 
 
 def split_tuned(params: Params, tuned: Tuned) -> tuple[Params, Params]:
@@ -64,12 +63,12 @@ def join(tuned: Params, frozen: Params) -> Params:
 def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, jax.Array]]:
     """float32 gradient of the weighted mean of loss_fn over microbatches [A, ...]; loss_fn gives (sum, (weight, sums)).
 
-    Gradients lie like their parameters at rest.
+    It lies like the parameters at rest.
     """
 
     def one(micro):
         (total, (weight, extra)), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, micro)
-        return optim.float32(grad), {"loss": total, **extra}, weight
+        return grad, {"loss": total, **extra}, weight
 
     count = jax.tree.leaves(batch)[0].shape[0]
     if count == 1:
@@ -80,20 +79,17 @@ def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, 
         zero_grad = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
 
         def body(carry, micro):
-            return jax.tree.map(jnp.add, carry, one(micro)), None
+            return jax.tree.map(jnp.add, carry, one(micro)), None  # bfloat16 gradients are summed in float32
 
         (grad, sums, weight), _ = jax.lax.scan(body, (zero_grad, *zeros), batch)
     weight = jnp.maximum(weight, 1.0)
     means = {name: value / weight for name, value in sums.items()}
-    return jax.tree.map(lambda g: g / weight, grad), means
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grad), means
 
 
-def _update(
-    phase: Phase, tx: optax.GradientTransformation, grad: Params, rounding: Rounding, seed: int
-) -> tuple[Phase, jax.Array]:
-    updates, opt_state = tx.update(grad, phase.opt_state, optim.float32(phase.params))
-    params = optim.apply_updates(phase.params, updates, rounding, seed, phase.step)
-    return Phase(phase.step + 1, params, opt_state), optax.global_norm(grad)
+def _update(phase: Phase, tx: optax.GradientTransformation, grad: Params) -> tuple[Phase, jax.Array]:
+    updates, opt_state = tx.update(grad, phase.opt_state, phase.params)
+    return Phase(phase.step + 1, optax.apply_updates(phase.params, updates), opt_state), optax.global_norm(grad)
 
 
 def make_label(cfg: ModelConfig, labels: LabelConfig, dtype=jnp.float32):
@@ -109,10 +105,11 @@ def make_label(cfg: ModelConfig, labels: LabelConfig, dtype=jnp.float32):
 
 
 def make_top_k(cfg: ModelConfig, k: int, chunk: int, dtype=jnp.float32):
-    """jitted (dense teacher's params, ids_BT, segments_BT) -> float32 [B, T, 2k + 1], see `losses.top_k`."""
+    """jitted (dense teacher's params, ids_BT, segments_BT) -> losses.TopK of its k likeliest tokens at each position;
+    logits of `chunk` positions at a time."""
 
     @jax.jit
-    def top_k(params: Params, ids_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def top_k(params: Params, ids_BT: jax.Array, segments_BT: jax.Array) -> losses.TopK:
         x_BTD, _ = backbone.forward(cfg, params, ids_BT, segments_BT, dtype=dtype)
         return losses.top_k(backbone.head_weight(params), x_BTD, k, chunk)
 
@@ -131,18 +128,8 @@ def make_route(router_cfg: RouterConfig, theta: float):
     return route
 
 
-def make_router_step(
-    router_cfg: RouterConfig,
-    theta: float,
-    tx: optax.GradientTransformation,
-    *,
-    rounding: Rounding = "nearest",
-    seed: int = 0,
-):
-    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile.
-
-    rounding, seed: see `optim.apply_updates`.
-    """
+def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation):
+    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile."""
 
     def loss_fn(params, micro):
         weight_BT = (micro["segments"] > 0).astype(jnp.float32)
@@ -154,7 +141,7 @@ def make_router_step(
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, batch: dict[str, jax.Array]):
         grad, means = _accumulate(loss_fn, phase.params, batch)
-        phase, norm = _update(phase, tx, grad, rounding, seed)
+        phase, norm = _update(phase, tx, grad)
         return phase, means | {"grad_norm": norm}
 
     return step
@@ -167,15 +154,12 @@ def make_expert_step(
     *,
     dtype=jnp.float32,
     remat: Remat = "none",
-    rounding: Rounding = "nearest",
-    seed: int = 0,
 ):
     """jitted (phase, frozen, teacher, table, batch) -> (phase, metrics).
 
     frozen: the untuned part of the backbone; teacher: the whole dense teacher (its FFN runs all channels) in any dtype.
-    batch: ids, segments [A,B,T] and route (leaves [A, ...]). The teacher is None when kd is 0, and when the batch
-    brings what it would say: target float32 [A,B,T,2K+1], from `make_top_k`. One compile per route shape.
-    rounding, seed: see `optim.apply_updates`.
+    batch: ids, segments [A,B,T] and route (leaves [A, ...]). The teacher is None when kd is 0, or when the batch says
+    what it would: `teacher`, a losses.TopK of leaves [A,B,T,...]. One compile per route shape.
     """
 
     def loss_fn(params, frozen, teacher, table, micro):
@@ -184,19 +168,17 @@ def make_expert_step(
         x_BTD, _ = backbone.forward(
             cfg, whole, micro["ids"], micro["segments"], table=table, route=micro["route"], dtype=dtype, remat=remat
         )
-        said = ()
-        if head.kd and teacher is None:
-            said = (micro["target"],)
-        elif head.kd:
+        said = micro.get("teacher")
+        if head.kd and said is None:
             teacher_BTD, _ = backbone.forward(cfg, teacher, micro["ids"], micro["segments"], dtype=dtype)
-            said = jax.lax.stop_gradient((teacher_BTD, backbone.head_weight(teacher)))
+            said = losses.Dense(*jax.lax.stop_gradient((teacher_BTD, backbone.head_weight(teacher))))
         total, parts = losses.head_loss(head, backbone.head_weight(whole), x_BTD, said, target_BT, weight_BT)
         return total, (jnp.sum(weight_BT), parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, frozen: Params, teacher: Params | None, table: ExpertTable, batch: dict[str, Any]):
         grad, means = _accumulate(lambda p, m: loss_fn(p, frozen, teacher, table, m), phase.params, batch)
-        phase, norm = _update(phase, tx, grad, rounding, seed)
+        phase, norm = _update(phase, tx, grad)
         return phase, means | {"grad_norm": norm}
 
     return step

@@ -195,16 +195,16 @@ def test_head_loss_value_and_gradients(mesh, kd, ce, chunk):
     x_MD, teacher_MD = (np.asarray(a).reshape(-1, D) for a in (x, teacher))
     flat = (head, x_MD, teacher_head, teacher_MD, target.reshape(-1), weight.reshape(-1))
     expected, kl, nll = head_oracle(*flat, kd, ce)
-    said = (teacher, teacher_head) if kd else ()
+    said = losses.Dense(teacher, teacher_head) if kd else None
     total, parts = jax.jit(losses.head_loss, static_argnums=0)(static, head, x, said, target, weight)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert float(parts["ce"]) == pytest.approx(nll, rel=1e-5)
     assert float(parts["kl"]) == pytest.approx(kl if kd else 0.0, rel=1e-5)
 
     # tied: x depends on the head as well, and the loss is scaled by what comes after it
-    def tied(loss, *said):
+    def tied(loss, *teachers):
         def f(head, x):
-            return 3.0 * loss(static, head, x + jnp.tanh(head[target]), *said, target, weight)
+            return 3.0 * loss(static, head, x + jnp.tanh(head[target]), *teachers, target, weight)
 
         return jax.jit(jax.grad(f, argnums=(0, 1)))(head, x)
 
@@ -218,8 +218,9 @@ def test_head_loss_value_and_gradients(mesh, kd, ce, chunk):
 def test_head_loss_of_the_teacher_itself_is_its_entropy_floor(mesh):
     """KL to oneself is 0 and has no gradient."""
     head, x, _, _, target, weight = case()
+    said = losses.Dense(x, head)
     value, grad = jax.jit(
-        jax.value_and_grad(lambda y: losses.head_loss(HeadLoss(1.0, 0.0, 16), head, y, (x, head), target, weight)[0])
+        jax.value_and_grad(lambda y: losses.head_loss(HeadLoss(1.0, 0.0, 16), head, y, said, target, weight)[0])
     )(x)
     assert abs(float(value)) < 1e-4 and np.abs(grad).max() < 1e-6
 
@@ -246,21 +247,21 @@ def test_top_k_distillation(k, model):
     with use_mesh(MeshConfig(data=2, model=model)):
         head, x, teacher_head, teacher, *rest = case(seed=2)
         target, weight = (put(a, spec("batch", "seq")) for a in rest)
-        packed = jax.jit(losses.top_k, static_argnums=(2, 3))(teacher_head, teacher, k, 16)
-        assert packed.shape == (B, T, 2 * k + 1) and packed.dtype == jnp.float32
+        top = jax.jit(losses.top_k, static_argnums=(2, 3))(teacher_head, teacher, k, 16)
+        assert top.logp_BTK.shape == (B, T, k) and top.rest_BT.shape == (B, T)
         logp_teacher = log_softmax(np.asarray(teacher, np.float64) @ teacher_head.T)
         likeliest = np.argsort(-logp_teacher, -1)[..., :k]
-        np.testing.assert_array_equal(packed[..., k : 2 * k], likeliest)
-        top = np.take_along_axis(logp_teacher, likeliest, -1)
-        np.testing.assert_allclose(packed[..., :k], top, rtol=1e-5, atol=1e-5)
-        others = 1 - np.exp(top).sum(-1)
-        np.testing.assert_allclose(np.exp(packed[..., -1]), others if k < V else 0, rtol=1e-4, atol=1e-6)
+        np.testing.assert_array_equal(top.token_BTK, likeliest)
+        logp_BTK = np.take_along_axis(logp_teacher, likeliest, -1)
+        np.testing.assert_allclose(top.logp_BTK, logp_BTK, rtol=1e-5, atol=1e-5)
+        others = 1 - np.exp(logp_BTK).sum(-1)
+        np.testing.assert_allclose(np.exp(top.rest_BT), others if k < V else 0, rtol=1e-4, atol=1e-6)
 
         def ours(said):
             f = jax.value_and_grad(lambda h, x: losses.head_loss(static, h, x, said, target, weight)[0], argnums=(0, 1))
             return jax.jit(f)(head, x)
 
-        got, whole = ours((packed,)), ours((teacher, teacher_head))
+        got, whole = ours(top), ours(losses.Dense(teacher, teacher_head))
         args = (logp_teacher.astype(np.float32), k, *rest)
         plain = jax.value_and_grad(lambda h, x: plain_top_loss(static, h, x, *args), argnums=(0, 1))(
             head, np.asarray(x)
