@@ -80,11 +80,27 @@ class ExpertPhase:
     the tokens that `parallel` experts were sent: they are not sent again (for the other ways it is `full`)."""
     head_chunk: int = 128
     """Positions whose logits exist at once."""
+    teacher_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of the frozen dense teacher on the devices: 4 or 2 bytes a parameter, while kd_weight or labels need it;
+    0 bytes otherwise. With dtype=bfloat16 both say the same: the teacher computes in that anyway."""
+    teacher_topk: int = 0
+    """Distil from this many of the teacher's likeliest tokens and one class for all others (`losses.head_loss`),
+    computed once before training and kept on disk: 6 bytes each (8 above a vocabulary of 65536) and 4 for the rest, a
+    token. The teacher is then not on the devices in the expert phase: 0 bytes a parameter. 0: all tokens, no disk."""
 
     def __post_init__(self):
         weights = (self.kd_weight, self.ce_weight)
         require(min(weights) >= 0 and sum(weights) > 0, f"kd_weight={weights[0]}, ce_weight={weights[1]}: not both 0")
         require(self.head_chunk >= 1, f"head_chunk={self.head_chunk} must be at least 1")
+        require(self.teacher_topk >= 0, f"teacher_topk={self.teacher_topk} must not be negative")
+        distilled = self.kd_weight > 0 and self.steps > 0
+        needs = f"teacher_topk={self.teacher_topk} needs kd_weight > 0 and steps > 0: nothing is distilled"
+        require(distilled or not self.teacher_topk, needs)
+
+    @property
+    def teacher(self) -> bool:
+        """True when the dense teacher is on the devices while experts are tuned."""
+        return self.kd_weight > 0 and self.steps > 0 and not self.teacher_topk
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,7 +120,7 @@ class AlternateConfig:
     experts: ExpertPhase
     """Expert tuning."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Compute dtype of the backbone; parameters and optimizer state stay float32."""
+    """Compute dtype of the backbone; that of parameters and optimizer state is `optim.params` and `optim.mu_dtype`."""
     mesh: MeshConfig = free(MeshConfig())
     """Devices on each mesh axis."""
     seed: int = 0
@@ -124,6 +140,21 @@ class AlternateConfig:
         require(
             self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train"
         )
+        asked = self.labelled or self.experts.teacher or self.experts.teacher_topk > 0
+        kind = self.experts.teacher_dtype
+        require(asked or kind == "float32", f"experts.teacher_dtype={kind} has no meaning: nothing asks the teacher")
+
+    @property
+    def labelled(self) -> bool:
+        """True when router labels of the carved model are computed once and cached."""
+        return self.router.steps > 0 and self.router.teacher == "original"
+
+    @property
+    def loaded(self) -> Literal["float32", "bfloat16"]:
+        """Dtype to load the model in: of the student and its teacher, the wider one."""
+        experts = self.experts
+        asked = self.labelled or experts.teacher or experts.teacher_topk > 0
+        return "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
 
     @property
     def total(self) -> int:
