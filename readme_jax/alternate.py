@@ -1,4 +1,4 @@
-"""What the alternating training program needs beside the steps: its config, the order of phases, cached labels."""
+"""What the alternating training program needs beside the steps: config, order of phases, cache of the teacher."""
 
 import dataclasses
 import json
@@ -154,7 +154,9 @@ class AlternateConfig:
         """Dtype to load the model in: of the student and its teacher, the wider one."""
         experts = self.experts
         asked = self.labelled or experts.teacher or experts.teacher_topk > 0
-        return "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
+        return (
+            "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
+        )
 
     @property
     def total(self) -> int:
@@ -210,39 +212,69 @@ class RoutedBatches:
         return batch, self._route(params, batch["ids"], batch["segments"])
 
 
-class LabelCache:
-    """Target distributions of records, computed once in a fixed order and kept on disk (float32 [records, T, E]).
+class RecordCache:
+    """What a frozen model says of records, computed once in a fixed order and kept on disk: named arrays, a row of each
+    for every record.
 
-    The order and the batches of the labelling pass do not depend on where a killed run stopped, so a resumed run sees
-    bit-equal labels.
+    The order and the batches of the pass do not depend on where a killed run stopped, so a resumed run sees bit-equal
+    arrays. fields: name -> (shape of a record's row, dtype); a field is `<folder>/<name>.<field>.npy`.
     """
 
-    def __init__(self, folder: Path, ids_N: np.ndarray, seq: int, experts: int):
-        self.ids_N, self._mark = ids_N, folder / "labels.json"
-        path = folder / "labels.npy"
-        shape = (len(ids_N), seq, experts)
+    def __init__(self, folder: Path, name: str, ids_N: np.ndarray, fields: dict[str, tuple[tuple[int, ...], Any]]):
+        self.ids_N, self._mark = ids_N, folder / f"{name}.json"
+        paths = {field: folder / f"{name}.{field}.npy" for field in fields}
+        self.files = [path.name for path in (self._mark, *paths.values())]
         self.done = 0
-        if self._mark.is_file() and path.is_file():
+        if all(path.is_file() for path in (self._mark, *paths.values())):
             self.done = json.loads(self._mark.read_text())["records"]
-            self._array = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            self._array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            _reserve(path)
+            self._arrays = {field: np.lib.format.open_memmap(path, mode="r+") for field, path in paths.items()}
+            return
+        self._arrays = {}
+        for field, (shape, dtype) in fields.items():
+            whole = (len(ids_N), *shape)
+            self._arrays[field] = np.lib.format.open_memmap(paths[field], mode="w+", dtype=dtype, shape=whole)
+            _reserve(paths[field])
 
-    def fill(self, batch: int, label: Callable[[np.ndarray], np.ndarray], saved_every: int = 32) -> None:
-        """Label what is missing: label(ids_B) -> [B, T, E] for `batch` record ids at a time, the last ones repeated."""
+    @property
+    def whole(self) -> bool:
+        """True when nothing is missing."""
+        return self.done == len(self.ids_N)
+
+    def fill(self, batch: int, compute: Callable[[np.ndarray], dict[str, np.ndarray]], saved_every: int = 32) -> None:
+        """Compute what is missing: compute(ids_B) -> {field: [B, ...]} for `batch` record ids at a time, the last ones
+        repeated."""
         for number, start in enumerate(range(self.done, len(self.ids_N), batch), 1):
             ids_B = self.ids_N[start : start + batch]
             padded_B = np.pad(ids_B, (0, batch - len(ids_B)), mode="edge")
-            self._array[start : start + len(ids_B)] = label(padded_B)[: len(ids_B)]
+            values = compute(padded_B)
+            for field, array in self._arrays.items():
+                array[start : start + len(ids_B)] = values[field][: len(ids_B)]
             self.done = start + len(ids_B)
-            if number % saved_every == 0 or self.done == len(self.ids_N):
-                self._array.flush()
+            if number % saved_every == 0 or self.whole:
+                for array in self._arrays.values():
+                    array.flush()
                 artifacts.write_text(self._mark, json.dumps({"records": self.done}))
 
-    def __getitem__(self, index_AB: np.ndarray) -> np.ndarray:
-        """float32 [A, B, T, E] targets of record ids."""
-        return self._array[np.searchsorted(self.ids_N, index_AB)]
+    def __getitem__(self, index: np.ndarray) -> dict[str, np.ndarray]:
+        """The rows of record ids of any shape: {field: [*index.shape, ...]}; no other row is read."""
+        at = np.searchsorted(self.ids_N, index)
+        return {field: array[at] for field, array in self._arrays.items()}
+
+
+def label_cache(folder: Path, batches: Batches, config: AlternateConfig, experts: int) -> RecordCache:
+    """Target distributions of the router: `target`, float32 [T, E] a record."""
+    ids_N = needed_records(batches, config.rounds * config.router.steps)
+    return RecordCache(folder, "labels", ids_N, {"target": ((batches.seq, experts), np.float32)})
+
+
+def top_k_cache(folder: Path, batches: Batches, config: AlternateConfig, vocab: int) -> RecordCache:
+    """The teacher's likeliest tokens, a row of `losses.TopK` a record: `logp` float32 [T, K], `token` [T, K], `rest`
+    float32 [T]. ConfigError when the vocabulary has not as many."""
+    k, seq = config.experts.teacher_topk, batches.seq
+    require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
+    token = np.uint16 if vocab <= 1 << 16 else np.int32
+    fields = {"logp": ((seq, k), np.float32), "token": ((seq, k), token), "rest": ((seq,), np.float32)}
+    return RecordCache(folder, "top_k", needed_records(batches, config.rounds * config.experts.steps), fields)
 
 
 def _reserve(path: Path) -> None:

@@ -167,12 +167,12 @@ class Dense:
 @dataclasses.dataclass(frozen=True)
 class TopK:
     """What is kept of a teacher's distribution over the vocabulary, see `top_k`: of the K likeliest tokens, likeliest
-    first, logp = logit - log sum exp of all logits (float32) and the ids (integers); of the others together, the log of
-    their probability (float32, -inf when K = V)."""
+    first, logp = logit - log sum exp of all logits (float32 [B, T, K]) and the ids, token (integers [B, T, K]); of the
+    others together, the log of their probability, rest (float32 [B, T], -inf when K = V)."""
 
-    logp_BTK: jax.Array
-    token_BTK: jax.Array
-    rest_BT: jax.Array
+    logp: jax.Array
+    token: jax.Array
+    rest: jax.Array
 
 
 Teacher = Dense | TopK
@@ -315,7 +315,7 @@ def _top_kl(logp_BTV, teacher: TopK, split):
 
     With q the student: d KL / d logit_j = q_j - p_j for a token of the K, else q_j - p(rest) q_j / q(rest).
     """
-    logp_BTK, ids_BTK, rest_BT = teacher.logp_BTK, teacher.token_BTK.astype(jnp.int32), teacher.rest_BT
+    logp_BTK, ids_BTK, rest_BT = teacher.logp, teacher.token.astype(jnp.int32), teacher.rest
     b, t, width = logp_BTV.shape
     own_BTK = _own_ids(ids_BTK, width, split)
     at = (jnp.arange(b)[:, None, None], jnp.arange(t)[:, None], own_BTK)

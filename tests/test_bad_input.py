@@ -14,7 +14,7 @@ from test_sources import write_gguf
 
 from readme_jax import artifacts, cli
 from readme_jax import carve as carving
-from readme_jax.alternate import LabelCache
+from readme_jax.alternate import RecordCache
 from readme_jax.train import alternate, calibrate
 
 LAST = "model.layers.1.self_attn.v_proj.weight"
@@ -524,8 +524,8 @@ def test_system_errors_are_one_line(capsys):
 
 def test_labels_take_their_blocks_at_once(tmp_path):
     """A sparse file would kill the process at a later write to its map."""
-    cache = LabelCache(tmp_path, np.arange(50, dtype=np.int32), 64, 3)
-    path = tmp_path / "labels.npy"
+    cache = RecordCache(tmp_path, "labels", np.arange(50, dtype=np.int32), {"target": ((64, 3), np.float32)})
+    path = tmp_path / "labels.target.npy"
     assert path.stat().st_blocks * 512 >= 50 * 64 * 3 * 4
-    cache.fill(4, lambda ids_B: np.broadcast_to(ids_B[:, None, None], (4, 64, 3)).astype(np.float32))
+    cache.fill(4, lambda ids_B: {"target": np.broadcast_to(ids_B[:, None, None], (4, 64, 3)).astype(np.float32)})
     assert np.load(path)[:, 0, 0].tolist() == list(range(50))

@@ -248,14 +248,14 @@ def test_top_k_distillation(k, model):
         head, x, teacher_head, teacher, *rest = case(seed=2)
         target, weight = (put(a, spec("batch", "seq")) for a in rest)
         top = jax.jit(losses.top_k, static_argnums=(2, 3))(teacher_head, teacher, k, 16)
-        assert top.logp_BTK.shape == (B, T, k) and top.rest_BT.shape == (B, T)
+        assert top.logp.shape == (B, T, k) and top.rest.shape == (B, T)
         logp_teacher = log_softmax(np.asarray(teacher, np.float64) @ teacher_head.T)
         likeliest = np.argsort(-logp_teacher, -1)[..., :k]
-        np.testing.assert_array_equal(top.token_BTK, likeliest)
+        np.testing.assert_array_equal(top.token, likeliest)
         logp_BTK = np.take_along_axis(logp_teacher, likeliest, -1)
-        np.testing.assert_allclose(top.logp_BTK, logp_BTK, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(top.logp, logp_BTK, rtol=1e-5, atol=1e-5)
         others = 1 - np.exp(logp_BTK).sum(-1)
-        np.testing.assert_allclose(np.exp(top.rest_BT), others if k < V else 0, rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(np.exp(top.rest), others if k < V else 0, rtol=1e-4, atol=1e-6)
 
         def ours(said):
             f = jax.value_and_grad(lambda h, x: losses.head_loss(static, h, x, said, target, weight)[0], argnums=(0, 1))

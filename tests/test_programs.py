@@ -8,7 +8,7 @@ from stages import ONE, differing, weights
 
 from readme_jax import api, artifacts
 from readme_jax import carve as carving
-from readme_jax.alternate import AlternateConfig, LabelCache
+from readme_jax.alternate import AlternateConfig, RecordCache
 from readme_jax.config import ArtifactError, load_yaml
 from readme_jax.data import open_records
 from readme_jax.infer import export, generate
@@ -102,7 +102,7 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
     """Killed while labelling, before and after checkpoints, in a phase and while the result is written."""
     out = tmp_path / "tuned"
     with monkeypatch.context() as patch:
-        patch.setattr(LabelCache.fill, "__defaults__", (1,))
+        patch.setattr(RecordCache.fill, "__defaults__", (1,))
         dies_at(patch, alternate.steps, "make_label", 5)
         with pytest.raises(Killed):
             stages.alternate(out)
@@ -213,13 +213,13 @@ def test_current_teacher_labels_on_the_fly(stages, tmp_path):
 
 
 def test_router_alone_on_a_pool_of_records(stages, tmp_path, monkeypatch):
-    pools, make = [], LabelCache.__init__
+    pools, make = [], RecordCache.__init__
 
-    def spy(self, folder, ids_N, *rest):
+    def spy(self, folder, name, ids_N, *rest):
         pools.append(ids_N.tolist())
-        make(self, folder, ids_N, *rest)
+        make(self, folder, name, ids_N, *rest)
 
-    monkeypatch.setattr(LabelCache, "__init__", spy)
+    monkeypatch.setattr(RecordCache, "__init__", spy)
     out = stages.alternate(tmp_path / "router", router__records=3, router__steps=3, experts__steps=0)
     # one record of each domain, all of them seen in six steps of two
     assert len(pools) == 1 and len(pools[0]) == 3

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, RoutedBatches, first_records, needed_records
+from readme_jax.alternate import AlternateConfig, RecordCache, RoutedBatches, first_records, label_cache, top_k_cache
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
-from readme_jax.losses import HeadLoss
+from readme_jax.losses import HeadLoss, TopK
 from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
@@ -60,7 +60,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     }
     way, one_device = config.experts.way, batch_devices() * model_devices() == 1
     require(one_device or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
-    # ---- model: the teacher is frozen, the student starts as a copy of it
+    # ---- model
     if experts is None:
         raise ConfigError(f"model={config.model} is not carved; run `readme-jax carve` first")
     alone = experts.experts == 1
@@ -75,7 +75,9 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     if way == "parallel":
         specs, shapes = parallel.separate_specs(specs), backbone.abstract_params(cfg)
         shapes = parallel.separate_layout(shapes, experts.experts)
-    teacher, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32, shapes=shapes)
+    loaded = jnp.dtype(config.loaded)
+    model, table_LEC, _ = placement.load_sharded(config.model, specs, dtype=loaded, shapes=shapes)
+    _, router_params = placement.load_router(config.model, dtype=np.float32)
     assert table_LEC is not None
     table = make_table(table_LEC, cfg.mlp)
     if not alone and router_params is None:
@@ -84,22 +86,40 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         embedding_VD = hf.read_top(hf.Reader(config.model), cfg)["embedding"]  # mapped: its first columns are read
         fresh = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
         router_params = jax.tree.map(put, fresh)
-    student, frozen = steps.split_tuned(teacher, config.experts.tuned)
-    tx = {name: optim.make(p.optim, p.steps) for name, p in plan.items()}
-    phases = {"experts": steps.start(jax.tree.map(jnp.copy, student), tx["experts"])}
+    # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
+    dtype, caches = jnp.dtype(config.dtype), {}
+    label = steps.make_label(cfg, config.router.labels, dtype)
+    asked = config.labelled or config.experts.teacher or config.experts.teacher_topk
+    teacher = optim.cast(model, config.experts.teacher_dtype) if asked else None
+    if config.labelled:
+        size = config.router.label_batch
+        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+        caches["labels"] = label_cache(work.path, batches["router"], config, experts.experts)
+        fill(caches["labels"], "label", batches["router"], size, lambda *rows: {"target": label(teacher, table, *rows)})
+    if config.experts.teacher_topk:
+        caches["top_k"] = top_k_cache(work.path, batches["experts"], config, cfg.vocab)
+        top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
+        size = config.experts.batch
+        fill(caches["top_k"], "teacher", batches["experts"], size, lambda *rows: vars(top_k(teacher, *rows)))
+    teacher = teacher if config.experts.teacher else None
+    student, frozen = steps.split_tuned(optim.cast(model, config.experts.optim.params), config.experts.tuned)
+    shared = {id(leaf) for leaf in jax.tree.leaves(teacher)}  # a step takes its parameters' memory
+    student = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, student)
+    del model
+    tx = {n: optim.make(p.optim, p.steps, config.seed + i) for i, (n, p) in enumerate(plan.items())}
+    phases = {"experts": steps.start(student, tx["experts"])}
+    del student
     if router_params is not None and not alone:
-        phases["router"] = steps.start(router.place(router_params), tx["router"])
+        router_params = optim.cast(router.place(router_params), config.router.optim.params)
+        phases["router"] = steps.start(router_params, tx["router"])
     # ---- steps
     head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
-    expert_step = steps.make_expert_step(
-        cfg, head, tx["experts"], dtype=jnp.dtype(config.dtype), remat=config.experts.remat
-    )
-    label = steps.make_label(cfg, config.router.labels, jnp.dtype(config.dtype))
+    expert_step = steps.make_expert_step(cfg, head, tx["experts"], dtype=dtype, remat=config.experts.remat)
     router_step = route = None
     if router_cfg is not None:
         router_step = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
         route = steps.make_route(router_cfg, cfg.rope_theta)
-    # ---- resume, then labels that do not depend on training
+    # ---- resume
     pace = config.checkpoint
     tick = resumed = checkpoints.find(pace.resume) or 0
     recent = collections.deque(maxlen=pace.window)  # expert losses, by which `keep_best` ranks
@@ -107,21 +127,6 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         phases = checkpoints.restore(tick, phases)
         print(f"resumed at step {tick} of {config.total}")
     metrics = Metrics(work.path / "metrics.jsonl", tick, work.path / "tensorboard" if config.tensorboard else None)
-    cache = None
-    if config.router.steps and config.router.teacher == "original":
-        ids_N = needed_records(batches["router"], config.rounds * config.router.steps)
-        cache = LabelCache(work.path, ids_N, batches["router"].seq, experts.experts)
-        size = config.router.label_batch
-        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
-        with progress(len(ids_N) * batches["router"].seq, "label", initial=cache.done * batches["router"].seq) as bar:
-
-            def labels_of(index_B: np.ndarray) -> np.ndarray:
-                rows = batches["router"].take(index_B)
-                bar.update(rows["ids"].size)
-                ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
-                return np.asarray(label(teacher, table, ids, segments))
-
-            cache.fill(size, labels_of)
     # ---- loop
     start, last_save, pending = Stopwatch(), Stopwatch(), None
     tokens = {name: p.batch * p.accum * batches[name].seq for name, p in plan.items()}
@@ -130,7 +135,15 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     def place(batch: dict) -> dict:
         return {key: put(batch[key], MICRO) for key in ("ids", "segments")}
 
-    routed = RoutedBatches(lambda number: place(batches["experts"][number]), route, experts.experts, way)
+    def place_experts(number: int) -> dict:
+        batch = batches["experts"][number]
+        placed = place(batch)
+        if "top_k" in caches:
+            rows = caches["top_k"][batch["index"]].items()
+            placed["teacher"] = TopK(**{field: put(array, MICRO) for field, array in rows})
+        return placed
+
+    routed = RoutedBatches(place_experts, route, experts.experts, way)
     spent = {"router": 0.0, "experts": 0.0}
     while tick < config.total:
         name, number = config.at(tick)
@@ -142,8 +155,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
             assert router_step is not None
             batch = batches[name][number]
             placed = place(batch)
-            if cache is not None:
-                target = cache[batch["index"]]
+            if "labels" in caches:
+                target = caches["labels"][batch["index"]]["target"]
             else:
                 current = steps.join(phases["experts"].params, frozen)
                 pairs = zip(placed["ids"], placed["segments"])
@@ -153,8 +166,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         else:
             chooser = phases["router"].params if route is not None else None
             placed = routed.take(number, chooser, last=config.ends_phase(tick))
-            kd = teacher if config.experts.kd_weight else None
-            phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
+            phases["experts"], values = expert_step(phases["experts"], frozen, teacher, table, placed)
         # the step before is logged while this one runs: the loop never waits for the device
         _log(metrics, bars, recent, pending)
         pending = (tick, name, values)
@@ -171,6 +183,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         bar.close()
     metrics.close()
     # ---- result
+    work.scratch += [name for cache in caches.values() for name in cache.files]
     write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
     ran = {name: plan[name].steps * config.rounds * tokens[name] for name in plan}
     work.info |= {
@@ -179,6 +192,18 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
         "peak_memory_gb": peak_memory_gb(),
     }
+
+
+def fill(cache: RecordCache, name: str, batches: Batches, size: int, run) -> None:
+    """Complete a cache under a bar: run(ids_BT, segments_BT) -> {field: [B, T, ...]} for `size` records at a time."""
+    with progress(len(cache.ids_N) * batches.seq, name, initial=cache.done * batches.seq) as bar:
+
+        def rows_of(index_B: np.ndarray) -> dict[str, np.ndarray]:
+            rows = batches.take(index_B)
+            bar.update(rows["ids"].size)
+            return jax.device_get(run(*(put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))))
+
+        cache.fill(size, rows_of)
 
 
 def _log(metrics: Metrics, bars, recent: collections.deque, pending) -> None:
@@ -198,10 +223,10 @@ def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_
     base = json.loads((config.model / "config.json").read_text())
     router_params = phases["router"].params if router_cfg is not None else None
     placement.save_sharded(work.path, cfg, params, experts=table_LEC, router=router_params)
-    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype="float32")
+    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype=config.experts.optim.params)
     artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
     hf.copy_side_files(config.model, work.path)
-    work.scratch += ["checkpoints", "labels.npy", "labels.json"]
+    work.scratch.append("checkpoints")
 
 
 if __name__ == "__main__":
