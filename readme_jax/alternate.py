@@ -16,9 +16,10 @@ from readme_jax.checkpoint import CheckpointConfig
 from readme_jax.config import RouterConfig, free, require
 from readme_jax.data import Batches, Records
 from readme_jax.losses import LabelConfig
+from readme_jax.metrics import progress
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
-from readme_jax.sharding import MeshConfig
+from readme_jax.sharding import MeshConfig, put, spec
 from readme_jax.steps import Tuned, Way, plan
 
 
@@ -140,9 +141,11 @@ class AlternateConfig:
         require(
             self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train"
         )
-        asked = self.labelled or self.experts.teacher or self.experts.teacher_topk > 0
         kind = self.experts.teacher_dtype
-        require(asked or kind == "float32", f"experts.teacher_dtype={kind} has no meaning: nothing asks the teacher")
+        require(
+            self.asks_teacher or kind == "float32",
+            f"experts.teacher_dtype={kind} has no meaning: nothing asks the teacher",
+        )
 
     @property
     def labelled(self) -> bool:
@@ -150,10 +153,15 @@ class AlternateConfig:
         return self.router.steps > 0 and self.router.teacher == "original"
 
     @property
+    def asks_teacher(self) -> bool:
+        """True when anything needs the dense teacher, before training or during it."""
+        return self.labelled or self.experts.teacher or self.experts.teacher_topk > 0
+
+    @property
     def loaded(self) -> Literal["float32", "bfloat16"]:
         """Dtype to load the model in: of the student and its teacher, the wider one."""
         experts = self.experts
-        asked = self.labelled or experts.teacher or experts.teacher_topk > 0
+        asked = self.asks_teacher
         return (
             "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
         )
@@ -259,6 +267,18 @@ class RecordCache:
         """The rows of record ids of any shape: {field: [*index.shape, ...]}; no other row is read."""
         at = np.searchsorted(self.ids_N, index)
         return {field: array[at] for field, array in self._arrays.items()}
+
+
+def fill(cache: RecordCache, name: str, batches: Batches, size: int, run) -> None:
+    """Complete a cache under a bar: run(ids_BT, segments_BT) -> {field: [B, T, ...]} for `size` records at a time."""
+    with progress(len(cache.ids_N) * batches.seq, name, initial=cache.done * batches.seq) as bar:
+
+        def rows_of(index_B: np.ndarray) -> dict[str, np.ndarray]:
+            rows = batches.take(index_B)
+            bar.update(rows["ids"].size)
+            return jax.device_get(run(*(put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))))
+
+        cache.fill(size, rows_of)
 
 
 def label_cache(folder: Path, batches: Batches, config: AlternateConfig, experts: int) -> RecordCache:

@@ -1,7 +1,9 @@
 """The stages as programs, one after the other: results, resumption bit for bit, and every way to tune."""
 
+import gc
 import json
 
+import jax
 import numpy as np
 import pytest
 from stages import ONE, differing, weights
@@ -128,6 +130,64 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
     assert differing(out, stages.tuned) == set()
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned", "tuned.alternate.yaml"]
+
+
+def test_bfloat16_and_the_likeliest_tokens_killed_anywhere_end_bit_equal(stages, tmp_path, monkeypatch):
+    """Parameters, first moment and teacher in bfloat16, the teacher from the disk: loss, resumption, what is written."""
+    half = {"params": "bfloat16", "mu_dtype": "bfloat16"}
+    run = {"experts__optim": {"lr": 2e-3} | half, "router__optim": {"lr": 1e-2} | half, "experts__teacher_topk": 32}
+    run |= {"dtype": "bfloat16", "experts__teacher_dtype": "bfloat16"}
+    whole, out = stages.alternate(tmp_path / "whole", **run), tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordCache.fill, "__defaults__", (1,))
+        dies_at(patch, alternate.steps, "make_top_k", 2)
+        with pytest.raises(Killed):
+            stages.alternate(out, **run)
+    assert json.loads((tmp_path / ".killed.partial/top_k.json").read_text()) == {"records": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate.steps, "make_label", lambda *_: lambda *_: pytest.fail("labelled again"))
+        dies_at(patch, alternate.steps, "make_expert_step", 3)
+        with pytest.raises(Killed):
+            stages.alternate(out, **run)
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate.steps, "make_top_k", lambda *_: lambda *_: pytest.fail("asked again"))
+        stages.alternate(out, **run)
+    assert differing(out, whole) == set()
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert {str(a.dtype) for n, a in weights(out).items() if n != "readme.experts"} == {"bfloat16"}
+    assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    assert not [p.name for p in out.iterdir() if p.name.startswith(("top_k", "labels"))]
+    for key in ("experts/loss", "router/loss"):
+        assert logged(out, key) == pytest.approx(logged(stages.tuned, key), rel=0.05), key
+
+
+@pytest.mark.parametrize(
+    "change, copies, teacher",
+    [
+        ({}, 4, True),  # parameters, two moments, the teacher
+        ({"experts__teacher_topk": 8}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "router__teacher": "current"}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "experts__tuned": "ffn"}, 3, False),
+    ],
+)
+def test_no_teacher_on_the_device_that_nothing_asks(stages, tmp_path, monkeypatch, change, copies, teacher):
+    seen, make = [], alternate.steps.make_expert_step
+
+    def spy(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def counted(*inputs):
+            gc.collect()
+            gates = [a for a in jax.live_arrays() if a.shape == (2, 48, 32) and not a.is_deleted()]
+            seen.append((len(gates) // 3, inputs[2] is not None))  # gate, up and down have one shape
+            return step(*inputs)
+
+        return counted
+
+    monkeypatch.setattr(alternate.steps, "make_expert_step", spy)
+    stages.alternate(tmp_path / "out", rounds=1, **change)
+    assert seen == [(copies, teacher)] * 2
 
 
 def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):

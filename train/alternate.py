@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, RecordCache, RoutedBatches, first_records, label_cache, top_k_cache
+from readme_jax.alternate import AlternateConfig, RoutedBatches, fill, first_records, label_cache, top_k_cache
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
@@ -75,8 +75,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     if way == "parallel":
         specs, shapes = parallel.separate_specs(specs), backbone.abstract_params(cfg)
         shapes = parallel.separate_layout(shapes, experts.experts)
-    loaded = jnp.dtype(config.loaded)
-    model, table_LEC, _ = placement.load_sharded(config.model, specs, dtype=loaded, shapes=shapes)
+    kind = jnp.dtype(config.loaded)
+    model, table_LEC, _ = placement.load_sharded(config.model, specs, dtype=kind, shapes=shapes)
     _, router_params = placement.load_router(config.model, dtype=np.float32)
     assert table_LEC is not None
     table = make_table(table_LEC, cfg.mlp)
@@ -89,8 +89,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
     dtype, caches = jnp.dtype(config.dtype), {}
     label = steps.make_label(cfg, config.router.labels, dtype)
-    asked = config.labelled or config.experts.teacher or config.experts.teacher_topk
-    teacher = optim.cast(model, config.experts.teacher_dtype) if asked else None
+    teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else None
     if config.labelled:
         size = config.router.label_batch
         require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
@@ -192,18 +191,6 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
         "peak_memory_gb": peak_memory_gb(),
     }
-
-
-def fill(cache: RecordCache, name: str, batches: Batches, size: int, run) -> None:
-    """Complete a cache under a bar: run(ids_BT, segments_BT) -> {field: [B, T, ...]} for `size` records at a time."""
-    with progress(len(cache.ids_N) * batches.seq, name, initial=cache.done * batches.seq) as bar:
-
-        def rows_of(index_B: np.ndarray) -> dict[str, np.ndarray]:
-            rows = batches.take(index_B)
-            bar.update(rows["ids"].size)
-            return jax.device_get(run(*(put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))))
-
-        cache.fill(size, rows_of)
 
 
 def _log(metrics: Metrics, bars, recent: collections.deque, pending) -> None:
