@@ -140,8 +140,7 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     A uniform 16-bit number is added to the 16 bits that are cut off: of 65536 equally likely numbers, as many carry as
     those bits say. Values that bfloat16 holds stay as they are; what is drawn does not depend on the mesh.
     """
-    lies = jax.typeof(x).sharding.spec
-    noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=lies).astype(jnp.uint32)
+    noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))

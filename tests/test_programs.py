@@ -133,7 +133,7 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
 
 
 def test_bfloat16_and_the_likeliest_tokens_killed_anywhere_end_bit_equal(stages, tmp_path, monkeypatch):
-    """Parameters, first moment and teacher in bfloat16, the teacher from the disk: loss, resumption, what is written."""
+    """Parameters, first moment and teacher in bfloat16, the teacher from the disk: resumption, and what is written."""
     half = {"params": "bfloat16", "mu_dtype": "bfloat16"}
     run = {"experts__optim": {"lr": 2e-3} | half, "router__optim": {"lr": 1e-2} | half, "experts__teacher_topk": 32}
     run |= {"dtype": "bfloat16", "experts__teacher_dtype": "bfloat16"}
