@@ -322,6 +322,13 @@ def test_alternate(stages, refused, tmp_path):
     alternate([stages.carved, "has no router and router.steps is 0"], router__steps=0)
     alternate(["router.steps and experts.steps are both 0"], router__steps=0, experts__steps=0)
     alternate(["kd_weight=0.0, ce_weight=0.0", "not both 0"], experts__kd_weight=0)
+    plain = {"experts__kd_weight": 0, "experts__ce_weight": 1}
+    alternate(["experts", "teacher_topk=4 needs kd_weight > 0 and steps > 0"], experts__teacher_topk=4, **plain)
+    alternate(["teacher_topk=-1 must not be negative"], experts__teacher_topk=-1)
+    alternate(["experts.teacher_topk=500", "has 384 tokens"], experts__teacher_topk=500, early=False)
+    rule = ["experts.teacher_dtype=bfloat16 has no meaning"]
+    alternate(rule, experts__teacher_dtype="bfloat16", router__teacher="current", **plain)
+    alternate(["experts.optim", "rounding=nearest has no meaning"], experts__optim={"lr": 1, "rounding": "nearest"})
     alternate(["router.batch=2 must be a multiple of the mesh's 8"], mesh__data=0)
     alternate(["mesh data=9", "needs 9 devices, there are 8"], mesh__data=9)
     alternate(["mesh.data=-1 must be at least 1"], mesh__data=-1)
