@@ -138,9 +138,30 @@ def stochastic_round(x: jax.Array, key: jax.Array) -> jax.Array:
     """bfloat16 of a float32 array: one of the two neighbours, with the probability that makes the mean exactly x.
 
     A uniform 16-bit number is added to the 16 bits that are cut off: of 65536 equally likely numbers, as many carry as
-    those bits say. Values that bfloat16 holds stay as they are; what is drawn does not depend on the mesh.
+    those bits say. Values that bfloat16 holds stay as they are; the numbers do not depend on the mesh.
     """
-    noise = jax.random.bits(key, x.shape, jnp.uint16, out_sharding=jax.typeof(x).sharding).astype(jnp.uint32)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + noise
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) + (_hashed(key, x) >> 16)
     rounded = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), jnp.bfloat16)
     return jnp.where(jnp.isfinite(x), rounded, x.astype(jnp.bfloat16))
+
+
+def _hashed(key: jax.Array, like: jax.Array) -> jax.Array:
+    """uint32 numbers for every place of `like`, by a hash of the key and the place's row and column.
+
+    On CPU `jax.random.bits` takes forty times as long and 16 bytes a parameter; a rounding asks no more of its numbers
+    than to be uniform and unlike from place to place and step to step.
+    """
+    lies, zero = jax.typeof(like).sharding, jnp.zeros_like(like, jnp.uint32)
+    row, column = zero, zero
+    for axis, size in enumerate(like.shape):
+        place = jax.lax.broadcasted_iota(jnp.uint32, like.shape, axis, out_sharding=lies)
+        row, column = (row, place) if axis == like.ndim - 1 else (row * jnp.uint32(size) + place, column)
+    first, second = jax.random.key_data(key)
+    return _mix(_mix(row + first) ^ column + second)
+
+
+def _mix(h: jax.Array) -> jax.Array:
+    """Every bit of a uint32 changes half of all bits: the last step of MurmurHash3 (A. Appleby, public domain)."""
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return h ^ (h >> 16)
