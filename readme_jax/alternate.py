@@ -17,10 +17,10 @@ from readme_jax.config import RouterConfig, free, require
 from readme_jax.data import Batches, Records
 from readme_jax.losses import LabelConfig
 from readme_jax.metrics import progress
-from readme_jax.models.backbone import Remat
-from readme_jax.optim import OptimConfig
+from readme_jax.models.backbone import Params, Remat
+from readme_jax.optim import OptimConfig, cast
 from readme_jax.sharding import MeshConfig, put, spec
-from readme_jax.steps import Tuned, Way, plan
+from readme_jax.steps import Tuned, Way, plan, split_tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,6 +218,17 @@ class RoutedBatches:
         if self._route is None:
             return batch, jnp.zeros_like(batch["ids"])
         return batch, self._route(params, batch["ids"], batch["segments"])
+
+
+def student_of(model: Params, teacher: Params, experts: ExpertPhase) -> tuple[Params, Params]:
+    """(tuned, frozen) parts of a placed backbone in the dtype of the phase's parameters.
+
+    The tuned part is donated to the first step: it is a copy where it would be the teacher's arrays, and `model` itself
+    where there is no teacher ({}) any more, or one of another dtype; `model` is then gone.
+    """
+    student, frozen = split_tuned(cast(model, experts.optim.params), experts.tuned)
+    shared = {id(leaf) for leaf in jax.tree.leaves(teacher)}
+    return jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, student), frozen
 
 
 class RecordCache:

@@ -203,9 +203,7 @@ def test_bfloat16_parameters_train_where_they_lie(cfg, host):
     tx = optim.make(optim.OptimConfig(lr=1e-2, params="bfloat16", mu_dtype="bfloat16"), 1000, seed=1)
     step, losses = steps.make_expert_step(cfg, HEAD, tx, dtype=jnp.bfloat16), []
     with use_mesh(MeshConfig(data=2, model=2)):
-        student, teacher = (
-            optim.cast(backbone.place(cfg, host[name]), jnp.bfloat16) for name in ("params", "teacher")
-        )
+        student, teacher = (optim.cast(backbone.place(cfg, host[name]), jnp.bfloat16) for name in ("params", "teacher"))
         phase, table = steps.start(student, tx), make_table(host["table"], cfg.mlp)
         before, batch = types(phase), expert_batch(few, accum=2)
         kinds = [str(leaf.dtype) for leaf in jax.tree.leaves(phase) if leaf.ndim]

@@ -15,7 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, RoutedBatches, fill, first_records, label_cache, top_k_cache
+from readme_jax.alternate import (
+    AlternateConfig,
+    RoutedBatches,
+    fill,
+    first_records,
+    label_cache,
+    student_of,
+    top_k_cache,
+)
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
@@ -89,7 +97,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
     dtype, caches = jnp.dtype(config.dtype), {}
     label = steps.make_label(cfg, config.router.labels, dtype)
-    teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else None
+    teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else {}
     if config.labelled:
         size = config.router.label_batch
         require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
@@ -100,10 +108,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
         size = config.experts.batch
         fill(caches["top_k"], "teacher", batches["experts"], size, lambda *rows: vars(top_k(teacher, *rows)))
-    teacher = teacher if config.experts.teacher else None
-    student, frozen = steps.split_tuned(optim.cast(model, config.experts.optim.params), config.experts.tuned)
-    shared = {id(leaf) for leaf in jax.tree.leaves(teacher)}  # a step takes its parameters' memory
-    student = jax.tree.map(lambda leaf: jnp.copy(leaf) if id(leaf) in shared else leaf, student)
+    teacher = teacher if config.experts.teacher else {}
+    student, frozen = student_of(model, teacher, config.experts)
     del model
     tx = {n: optim.make(p.optim, p.steps, config.seed + i) for i, (n, p) in enumerate(plan.items())}
     phases = {"experts": steps.start(student, tx["experts"])}
@@ -165,7 +171,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         else:
             chooser = phases["router"].params if route is not None else None
             placed = routed.take(number, chooser, last=config.ends_phase(tick))
-            phases["experts"], values = expert_step(phases["experts"], frozen, teacher, table, placed)
+            phases["experts"], values = expert_step(phases["experts"], frozen, teacher or None, table, placed)
         # the step before is logged while this one runs: the loop never waits for the device
         _log(metrics, bars, recent, pending)
         pending = (tick, name, values)
