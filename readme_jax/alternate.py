@@ -15,11 +15,11 @@ from readme_jax import artifacts
 from readme_jax.checkpoint import CheckpointConfig
 from readme_jax.config import RouterConfig, free, require
 from readme_jax.data import Batches, Records
-from readme_jax.losses import LabelConfig
+from readme_jax.losses import LabelConfig, TopK
 from readme_jax.metrics import progress
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.optim import OptimConfig, cast
-from readme_jax.sharding import MeshConfig, put, spec
+from readme_jax.sharding import MeshConfig, batch_devices, put, spec
 from readme_jax.steps import Tuned, Way, plan, split_tuned
 
 
@@ -280,7 +280,37 @@ class RecordCache:
         return {field: array[at] for field, array in self._arrays.items()}
 
 
-def fill(cache: RecordCache, name: str, batches: Batches, size: int, run) -> None:
+def ask_teacher(
+    config: AlternateConfig,
+    folder: Path,
+    batches: dict[str, Batches],
+    sizes: tuple[int, int],
+    label: Callable[[jax.Array, jax.Array], jax.Array],
+    top_k: Callable[[jax.Array, jax.Array], TopK],
+) -> dict[str, RecordCache]:
+    """Caches of what the run needs the frozen model to say, complete. sizes: of the vocabulary, and experts.
+
+    `labels`: target, float32 [T, E], by label(ids_BT, segments_BT). `top_k`: the fields of TopK, the ids in 2 bytes
+    where the vocabulary fits. ConfigError when batches do not divide over the mesh or the vocabulary has not K tokens.
+    """
+    (vocab, experts), caches = sizes, {}
+    if config.labelled:
+        size, own = config.router.label_batch, batches["router"]
+        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+        ids_N = needed_records(own, config.rounds * config.router.steps)
+        caches["labels"] = RecordCache(folder, "labels", ids_N, {"target": ((own.seq, experts), np.float32)})
+        _fill(caches["labels"], "label", own, size, lambda *rows: {"target": label(*rows)})
+    if k := config.experts.teacher_topk:
+        require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
+        own, token = batches["experts"], np.uint16 if vocab <= 1 << 16 else np.int32
+        ids_N, seq = needed_records(own, config.rounds * config.experts.steps), own.seq
+        fields = {"logp": ((seq, k), np.float32), "token": ((seq, k), token), "rest": ((seq,), np.float32)}
+        caches["top_k"] = RecordCache(folder, "top_k", ids_N, fields)
+        _fill(caches["top_k"], "teacher", own, config.experts.batch, lambda *rows: vars(top_k(*rows)))
+    return caches
+
+
+def _fill(cache: RecordCache, name: str, batches: Batches, size: int, run: Callable[..., dict[str, jax.Array]]) -> None:
     """Complete a cache under a bar: run(ids_BT, segments_BT) -> {field: [B, T, ...]} for `size` records at a time."""
     with progress(len(cache.ids_N) * batches.seq, name, initial=cache.done * batches.seq) as bar:
 
@@ -290,22 +320,6 @@ def fill(cache: RecordCache, name: str, batches: Batches, size: int, run) -> Non
             return jax.device_get(run(*(put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))))
 
         cache.fill(size, rows_of)
-
-
-def label_cache(folder: Path, batches: Batches, config: AlternateConfig, experts: int) -> RecordCache:
-    """Target distributions of the router: `target`, float32 [T, E] a record."""
-    ids_N = needed_records(batches, config.rounds * config.router.steps)
-    return RecordCache(folder, "labels", ids_N, {"target": ((batches.seq, experts), np.float32)})
-
-
-def top_k_cache(folder: Path, batches: Batches, config: AlternateConfig, vocab: int) -> RecordCache:
-    """The teacher's likeliest tokens, a row of `losses.TopK` a record: `logp` float32 [T, K], `token` [T, K], `rest`
-    float32 [T]. ConfigError when the vocabulary has not as many."""
-    k, seq = config.experts.teacher_topk, batches.seq
-    require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
-    token = np.uint16 if vocab <= 1 << 16 else np.int32
-    fields = {"logp": ((seq, k), np.float32), "token": ((seq, k), token), "rest": ((seq,), np.float32)}
-    return RecordCache(folder, "top_k", needed_records(batches, config.rounds * config.experts.steps), fields)
 
 
 def _reserve(path: Path) -> None:

@@ -8,6 +8,7 @@ at any moment, the same command goes on from the last checkpoint, bit for bit.
 
 import collections
 import contextlib
+import functools
 import json
 
 import jax
@@ -15,15 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import (
-    AlternateConfig,
-    RoutedBatches,
-    fill,
-    first_records,
-    label_cache,
-    student_of,
-    top_k_cache,
-)
+from readme_jax.alternate import AlternateConfig, RoutedBatches, ask_teacher, first_records, student_of
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ConfigError, require
 from readme_jax.data import Batches, open_records
@@ -95,19 +88,13 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         fresh = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
         router_params = jax.tree.map(put, fresh)
     # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
-    dtype, caches = jnp.dtype(config.dtype), {}
+    dtype = jnp.dtype(config.dtype)
     label = steps.make_label(cfg, config.router.labels, dtype)
+    top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
     teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else {}
-    if config.labelled:
-        size = config.router.label_batch
-        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
-        caches["labels"] = label_cache(work.path, batches["router"], config, experts.experts)
-        fill(caches["labels"], "label", batches["router"], size, lambda *rows: {"target": label(teacher, table, *rows)})
-    if config.experts.teacher_topk:
-        caches["top_k"] = top_k_cache(work.path, batches["experts"], config, cfg.vocab)
-        top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
-        size = config.experts.batch
-        fill(caches["top_k"], "teacher", batches["experts"], size, lambda *rows: vars(top_k(teacher, *rows)))
+    said = functools.partial(label, teacher, table), functools.partial(top_k, teacher)
+    caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said)
+    del said
     teacher = teacher if config.experts.teacher else {}
     student, frozen = student_of(model, teacher, config.experts)
     del model
