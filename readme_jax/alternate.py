@@ -1,9 +1,10 @@
 """What the alternating training program needs beside the steps: its config, the order of phases, cached labels."""
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,15 +12,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax import artifacts
+from readme_jax import artifacts, distributed
 from readme_jax.checkpoint import CheckpointConfig
-from readme_jax.config import RouterConfig, free, require
+from readme_jax.config import ExpertConfig, RouterConfig, Stopped, free, require
 from readme_jax.data import Batches, Records
+from readme_jax.distributed import HostsConfig
+from readme_jax.loop import ProfileConfig, whole
 from readme_jax.losses import LabelConfig
+from readme_jax.metrics import Pace
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
-from readme_jax.sharding import MeshConfig
-from readme_jax.steps import Tuned, Way, plan
+from readme_jax.sharding import MeshConfig, batch_devices, model_devices
+from readme_jax.steps import Tuned, Way, make_load, plan
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,8 +115,14 @@ class AlternateConfig:
     """Seed of data order and router initialisation."""
     checkpoint: CheckpointConfig = free(CheckpointConfig())
     """When an unfinished run saves itself; a phase's end is always saved."""
+    hosts: HostsConfig = free(HostsConfig())
+    """Processes that train together, one a host; they share the file system that `out` lies on."""
     tensorboard: bool = free(False)
     """Also write TensorBoard events into the result folder."""
+    wandb: str = free("")
+    """Project of Weights & Biases to log to as well; empty: none."""
+    profile: ProfileConfig = free(ProfileConfig())
+    """Steps to trace with the JAX profiler, into `profile` of the result folder."""
 
     def __post_init__(self):
         require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
@@ -151,67 +161,91 @@ def needed_records(batches: Batches, steps: int) -> np.ndarray:
 class RoutedBatches:
     """Batches of expert steps on the mesh, with the route that `way` wants.
 
-    place(number) gives a placed batch, route(router params, ids, segments) its experts, None when there is one expert.
-    A plan of the host needs the ids there: those of the next step are asked for before this one runs, so that the
-    host never waits for a step.
+    place(tick) gives a placed batch, route(router params, ids, segments) its experts, None when there is one expert.
+    A plan of the host needs the ids there, the same on every process: those of the next step are asked for before this
+    one runs, so that the host never waits for a step. `pace` is told how long it waits for the router.
     """
 
-    def __init__(self, place: Callable[[int], dict], route: Callable | None, experts: int, way: Way):
-        self._place, self._route, self._experts = place, route, experts
+    def __init__(self, place: Callable[[int], dict], route: Callable | None, experts: int, way: Way, pace: Pace):
+        self._place, self._route, self._experts, self._pace = place, route, experts, pace
+        self._load, self._first = make_load(experts), jax.jit(jnp.zeros_like)
         self._way: Way = way
-        self._ahead: tuple[int, dict, jax.Array] | None = None
+        self._ahead: tuple[int, dict, jax.Array, jax.Array] | None = None
 
-    def take(self, number: int, params: Any, last: bool) -> dict:
-        """The batch of step `number`. `params`: the router's; after the step that is `last` they may change."""
-        batch, expert_ABT = self._ask(number, params)
+    def take(self, tick: int, params: Any, last: bool) -> tuple[dict, jax.Array]:
+        """The batch of step `tick`, and the share of its tokens that each expert gets, float32 [E].
+
+        params: the router's; after the step that is `last` they may change.
+        """
+        batch, expert_ABT, load_E = self._ask(tick, params)
         if self._way == "masked":
-            return batch | {"route": plan(expert_ABT, self._experts, "masked", put=lambda array: array)}
-        self._ahead = None if last else (number + 1, *self._ask(number + 1, params))
-        expert_ABT = jax.device_get(expert_ABT)
-        return batch | {"route": plan(expert_ABT, self._experts, self._way)}
+            return batch | {"route": plan(expert_ABT, self._experts, "masked", put=lambda array: array)}, load_E
+        self._ahead = None if last else (tick + 1, *self._ask(tick + 1, params))
+        with self._pace.waiting("device"):
+            expert_ABT = jax.device_get(expert_ABT)
+        return batch | {"route": plan(expert_ABT, self._experts, self._way)}, load_E
 
-    def _ask(self, number: int, params: Any) -> tuple[dict, jax.Array]:
-        if self._ahead is not None and self._ahead[0] == number:
+    def _ask(self, tick: int, params: Any) -> tuple[dict, jax.Array, jax.Array]:
+        if self._ahead is not None and self._ahead[0] == tick:
             return self._ahead[1:]
-        batch = self._place(number)
-        if self._route is None:
-            return batch, jnp.zeros_like(batch["ids"])
-        return batch, self._route(params, batch["ids"], batch["segments"])
+        batch = self._place(tick)
+        ids_ABT, segments_ABT = batch["ids"], batch["segments"]
+        expert_ABT = self._first(ids_ABT) if self._route is None else self._route(params, ids_ABT, segments_ABT)
+        load_E = self._load(expert_ABT, segments_ABT)
+        return batch, expert_ABT if self._way == "masked" else whole(expert_ABT), load_E
 
 
 class LabelCache:
     """Target distributions of records, computed once in a fixed order and kept on disk (float32 [records, T, E]).
 
     The order and the batches of the labelling pass do not depend on where a killed run stopped, so a resumed run sees
-    bit-equal labels.
+    bit-equal labels. Process 0 writes, all read.
     """
 
     def __init__(self, folder: Path, ids_N: np.ndarray, seq: int, experts: int):
-        self.ids_N, self._mark = ids_N, folder / "labels.json"
-        path = folder / "labels.npy"
-        shape = (len(ids_N), seq, experts)
-        self.done = 0
-        if self._mark.is_file() and path.is_file():
-            self.done = json.loads(self._mark.read_text())["records"]
-            self._array = np.lib.format.open_memmap(path, mode="r+")
-        else:
-            self._array = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape)
-            _reserve(path)
+        self.ids_N, self.experts = ids_N, experts
+        self._mark, self._path = folder / "labels.json", folder / "labels.npy"
+        self.done = distributed.on_main(lambda: self._begin((len(ids_N), seq, experts)))
+        self._array = np.lib.format.open_memmap(self._path, mode="r+" if distributed.is_main() else "r")
 
-    def fill(self, batch: int, label: Callable[[np.ndarray], np.ndarray], saved_every: int = 32) -> None:
-        """Label what is missing: label(ids_B) -> [B, T, E] for `batch` record ids at a time, the last ones repeated."""
+    def _begin(self, shape: tuple[int, int, int]) -> int:
+        if self._mark.is_file() and self._path.is_file():
+            return json.loads(self._mark.read_text())["records"]
+        np.lib.format.open_memmap(self._path, mode="w+", dtype=np.float32, shape=shape)
+        _reserve(self._path)
+        return 0
+
+    def fill(
+        self,
+        batch: int,
+        label: Callable[[np.ndarray], np.ndarray],
+        saved_every: int = 32,
+        *,
+        stop: Callable[[], str] = lambda: "",
+    ) -> None:
+        """Label what is missing: label(ids_B) -> [B, T, E] for `batch` record ids at a time, the last ones repeated.
+
+        Stopped, with what is done kept, once `stop` of any process gives a reason.
+        """
         for number, start in enumerate(range(self.done, len(self.ids_N), batch), 1):
             ids_B = self.ids_N[start : start + batch]
             padded_B = np.pad(ids_B, (0, batch - len(ids_B)), mode="edge")
-            self._array[start : start + len(ids_B)] = label(padded_B)[: len(ids_B)]
+            rows_BTE = label(padded_B)[: len(ids_B)]
             self.done = start + len(ids_B)
-            if number % saved_every == 0 or self.done == len(self.ids_N):
-                self._array.flush()
-                artifacts.write_text(self._mark, json.dumps({"records": self.done}))
+            asked = [why for why in distributed.everyone(stop()) if why]
+            if distributed.is_main():
+                self._array[start : self.done] = rows_BTE
+                if number % saved_every == 0 or self.done == len(self.ids_N) or asked:
+                    self._array.flush()
+                    artifacts.write_text(self._mark, json.dumps({"records": self.done}))
+            if asked:
+                raise Stopped(f"stopped by {asked[0]}; {self.done} of {len(self.ids_N)} records are labelled")
+        distributed.barrier()
+        self._array = np.lib.format.open_memmap(self._path, mode="r")  # anew: with all that process 0 wrote
 
-    def __getitem__(self, index_AB: np.ndarray) -> np.ndarray:
-        """float32 [A, B, T, E] targets of record ids."""
-        return self._array[np.searchsorted(self.ids_N, index_AB)]
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        """float32 [..., T, E] targets of record ids [...]."""
+        return self._array[np.searchsorted(self.ids_N, index)]
 
 
 def _reserve(path: Path) -> None:
@@ -225,3 +259,38 @@ def first_records(records: dict[str, Records], count: int) -> dict[str, Records]
     """The first records of every domain, `count` in all (rounded up to a whole number a domain); 0: all of them."""
     each = -(-count // len(records))
     return {name: Records(r.ids[:each], r.segments[:each]) if count else r for name, r in records.items()}
+
+
+def check(config: AlternateConfig, experts: ExpertConfig | None) -> ExpertConfig:
+    """What the current mesh and the carved model rule out, ConfigError before any work; the model's experts."""
+    for name, phase in (("router", config.router), ("experts", config.experts)):
+        fits = phase.batch % batch_devices() == 0 or not phase.steps
+        require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
+    way, one_device = config.experts.way, batch_devices() * model_devices() == 1
+    require(one_device or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
+    require(experts is not None, f"model={config.model} is not carved; run `readme-jax carve` first")
+    assert experts is not None
+    alone, tied = experts.experts == 1, experts.storage == "tied"
+    choice = not alone or config.router.steps == 0
+    require(choice, "router.steps must be 0 for a model with one expert: there is no choice")
+    require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
+    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
+    require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
+    if config.router.steps and config.router.teacher == "original":
+        size = config.router.label_batch
+        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+    return experts
+
+
+@contextlib.contextmanager
+def building(config: AlternateConfig, parents: dict[str, Path]) -> Iterator[artifacts.Work]:
+    """`artifacts.building` for all processes of a run: process 0 makes the folder and finishes it, all work in it."""
+    with contextlib.ExitStack() as stack:
+        made: list[artifacts.Work] = []
+
+        def begin() -> str:
+            made.append(stack.enter_context(artifacts.building(config.out, "alternate", config, parents)))
+            return str(made[0].path)
+
+        path = distributed.on_main(begin)
+        yield made[0] if made else artifacts.Work(Path(path), {})
