@@ -22,7 +22,7 @@ from readme_jax.losses import LabelConfig
 from readme_jax.metrics import Pace
 from readme_jax.models.backbone import Remat
 from readme_jax.optim import OptimConfig
-from readme_jax.sharding import MeshConfig, batch_devices, model_devices
+from readme_jax.sharding import MeshConfig, batch_devices, model_devices, put
 from readme_jax.steps import Tuned, Way, make_load, plan
 
 
@@ -183,7 +183,7 @@ class RoutedBatches:
         self._ahead = None if last else (tick + 1, *self._ask(tick + 1, params))
         with self._pace.waiting("device"):
             expert_ABT = jax.device_get(expert_ABT)
-        return batch | {"route": plan(expert_ABT, self._experts, self._way)}, load_E
+        return batch | {"route": plan(expert_ABT, self._experts, self._way, put)}, load_E
 
     def _ask(self, tick: int, params: Any) -> tuple[dict, jax.Array, jax.Array]:
         if self._ahead is not None and self._ahead[0] == tick:

@@ -107,7 +107,7 @@ class Checkpoints:
             return
         path, self._last = self._root / str(step), step
         try:
-            with _options():
+            with _options(), jax.transfer_guard("allow"):  # its processes agree by way of the devices
                 response = ocp.save_checkpointables_async(path, trees, overwrite=True)
         except Exception as error:  # a full disk raises what TensorStore makes of it
             raise _unsaved(step, error) from None
