@@ -190,9 +190,10 @@ class RoutedBatches:
             return self._ahead[1:]
         batch = self._place(tick)
         ids_ABT, segments_ABT = batch["ids"], batch["segments"]
-        expert_ABT = self._first(ids_ABT) if self._route is None else self._route(params, ids_ABT, segments_ABT)
-        load_E = self._load(expert_ABT, segments_ABT)
-        return batch, expert_ABT if self._way == "masked" else whole(expert_ABT), load_E
+        with self._pace.calling():
+            expert_ABT = self._first(ids_ABT) if self._route is None else self._route(params, ids_ABT, segments_ABT)
+            load_E = self._load(expert_ABT, segments_ABT)
+            return batch, expert_ABT if self._way == "masked" else whole(expert_ABT), load_E
 
 
 class LabelCache:

@@ -1,4 +1,4 @@
-"""Pieces of the training loop: batches made ahead on a thread, what is logged and shown of each step, a trace of some."""
+"""Pieces of the training loop: batches made ahead on a thread, what is logged and shown of each step, a trace."""
 
 import collections
 import concurrent.futures

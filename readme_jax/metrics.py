@@ -54,7 +54,11 @@ class Metrics:
     """
 
     def __init__(
-        self, path: Path | None, resume_at: int = 0, tensorboard: Path | None = None, wandb: dict[str, Any] | None = None
+        self,
+        path: Path | None,
+        resume_at: int = 0,
+        tensorboard: Path | None = None,
+        wandb: dict[str, Any] | None = None,
     ):
         """tensorboard: folder for events. wandb: arguments of wandb.init. ConfigError where their extra is missing."""
         self._files, self._board, self._wandb = [], None, None
@@ -144,11 +148,13 @@ class Pace:
     """Where the wall time of a loop goes: waiting for data, waiting for the device, saving; the rest is host work.
 
     `lap` closes a step and gives its figures: seconds, shares and percentiles over the last `window` steps of the same
-    kind. The first of a kind, which compiles, is left out of them.
+    kind. The first of a kind, which compiles, is left out of them. inline: programs run inside their call (CPU), which
+    is then no host work.
     """
 
-    def __init__(self, window: int = 100):
-        self._start, self._waited = time.perf_counter(), collections.Counter()
+    def __init__(self, window: int = 100, inline: bool = False):
+        self._inline = inline
+        self._start, self._waited = time.perf_counter(), collections.defaultdict(float)
         self._laps: dict[str, collections.deque] = {}
         self._window = window
 
@@ -159,10 +165,14 @@ class Pace:
         yield
         self._waited[why] += time.perf_counter() - start
 
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """For a block that starts programs of the device."""
+        return self.waiting("device") if self._inline else contextlib.nullcontext()
+
     def lap(self, kind: str) -> dict[str, float]:
         """Seconds of the step that ends here, and the shares of the last steps of its kind."""
         now, wait = time.perf_counter(), self._waited
-        seconds, self._start, self._waited = now - self._start, now, collections.Counter()
+        seconds, self._start, self._waited = now - self._start, now, collections.defaultdict(float)
         lap = (seconds - wait["save"], wait["data"], wait["device"])
         first = kind not in self._laps
         laps = self._laps.setdefault(kind, collections.deque(maxlen=self._window))

@@ -4,8 +4,8 @@ readme-jax alternate --config configs/quickstart/alternate.yaml --model runs/car
 
 In: a carved model and packed text. Out: a model folder with tuned weights and router, metrics.jsonl (what was computed)
 and timing.jsonl (what was measured). Interrupted at any moment, the same command goes on from the last checkpoint, bit
-for bit. Asked to stop (SIGTERM, Ctrl-C) it saves itself at the next step and leaves with exit code 75; when a process of
-several is lost, the others leave with 76. Started once a host, the processes find each other (see `hosts`).
+for bit. Asked to stop (SIGTERM, Ctrl-C) it saves itself at the next step and leaves with exit code 75; when a process
+of several is lost, the others leave with 76. Started once a host, the processes find each other (see `hosts`).
 """
 
 import contextlib
@@ -113,7 +113,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
 
                 def labels_of(index_B: np.ndarray) -> np.ndarray:
                     rows = batches["router"].take(index_B)
-                    bar.update(rows["ids"].size)
+                    bar.update(min(rows["ids"].size, bar.total - bar.n))
                     ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
                     return jax.device_get(whole(label(teacher, table, ids, segments)))
 
@@ -127,14 +127,14 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
             cost = flops.train_flops_per_token(cfg, experts, phase, own.seq, router=router_cfg, used=used)
             return PhaseFigures(phase.steps, phase.batch * phase.accum * own.seq, cost, rates, own.index)
 
-        seen, main, pace = {name: figures(name) for name in plan}, distributed.is_main(), Pace()
+        device, main, seen = mesh.devices.flat[0], distributed.is_main(), {name: figures(name) for name in plan}
         metrics = Metrics(
             work.path / "metrics.jsonl" if main else None,
             tick,
             work.path / "tensorboard" if config.tensorboard else None,
             {"project": config.wandb, "name": config.out.name, "dir": str(work.path)} if config.wandb else None,
         )
-        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        peak, pace = peak_flops(device.device_kind), Pace(inline=device.platform == "cpu")
         watch = Watch(
             metrics, pace, seen, config.at, config.rounds,
             peak=peak and peak * mesh.size, window=config.checkpoint.window, silent=not main,
@@ -156,15 +156,17 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
             if config.at(tick)[0] == "router":
                 assert router_step is not None
                 batch = ahead(tick)
-                if cache is None:
-                    current = steps.join(phases["experts"].params, frozen)
-                    batch["target"] = label_all(current, table, batch["ids"], batch["segments"])
-                phases["router"], values = router_step(phases["router"], batch)
+                with pace.calling():
+                    if cache is None:
+                        current = steps.join(phases["experts"].params, frozen)
+                        batch["target"] = label_all(current, table, batch["ids"], batch["segments"])
+                    phases["router"], values = router_step(phases["router"], batch)
             else:
                 chooser = phases["router"].params if route is not None else None
                 batch, load_E = routed.take(tick, chooser, last=config.ends_phase(tick))
                 kd = teacher if config.experts.kd_weight else None
-                phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, batch)
+                with pace.calling():
+                    phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, batch)
                 values["load"] = load_E
             watch.step(tick, values)  # logs the step before while this one runs: the loop never waits for the device
             ends, tick = config.ends_phase(tick), tick + 1
