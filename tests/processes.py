@@ -1,15 +1,18 @@
 """Training runs as processes of their own: one or several on loopback, each with forced CPU devices."""
 
+import contextlib
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 
 COMMAND = [sys.executable, "-c", "from readme_jax.cli import main; main()"]
-ENV = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENV = {"JAX_PLATFORMS": "cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONFAULTHANDLER": "1"}
 
 
 def free_port() -> int:
@@ -30,7 +33,7 @@ def start(
     for process in range(processes):
         own = os.environ | ENV | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"} | env
         if cache:
-            own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"}
+            own |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
         if processes > 1:
             own |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
             own |= {"JAX_PROCESS_ID": str(process)}
@@ -42,13 +45,15 @@ def start(
 
 
 def ended(running: list[subprocess.Popen], timeout: float = 300) -> list[int]:
-    """Exit codes, once all have ended; those that do not are killed."""
-    try:
-        return [process.wait(timeout) for process in running]
-    finally:
-        for process in running:
-            process.kill()
-            process.wait()
+    """Exit codes, once all have ended; those that do not are aborted, and their logs tell what each thread was at."""
+    end = time.monotonic() + timeout
+    for process in running:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(max(end - time.monotonic(), 0))
+    for process in running:
+        if process.poll() is None:
+            process.send_signal(signal.SIGABRT)
+    return [process.wait() for process in running]
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
