@@ -41,7 +41,7 @@ class Phase:
 def start(params: Params, tx: optax.GradientTransformation) -> Phase:
     """A phase at step 0 that owns `params` (they will be donated)."""
     # tx.init under jit: one program, and the state is placed like the parameters
-    return Phase(jnp.int32(0), params, jax.jit(tx.init)(params))
+    return Phase(sharding.put(np.int32(0)), params, jax.jit(tx.init)(params))
 
 
 def split_tuned(params: Params, tuned: Tuned) -> tuple[Params, Params]:
@@ -129,14 +129,22 @@ def make_route(router_cfg: RouterConfig, theta: float):
 
 
 def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation):
-    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile."""
+    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile.
+
+    Among the metrics, means over tokens: agreement with the label's best expert, entropy (nats) of the router's
+    distribution, and load [E], the share of tokens that each expert is chosen for.
+    """
 
     def loss_fn(params, micro):
         weight_BT = (micro["segments"] > 0).astype(jnp.float32)
         logits_BTE = router.logits(router_cfg, params, micro["ids"], micro["segments"], theta)
         total, weight = losses.router_loss(logits_BTE, micro["target"], weight_BT)
-        hit_BT = jnp.argmax(logits_BTE, -1) == jnp.argmax(micro["target"], -1)
-        return total, (weight, {"agreement": jnp.sum(hit_BT * weight_BT)})
+        chosen_BT = jnp.argmax(logits_BTE, -1)
+        hit_BT = chosen_BT == jnp.argmax(micro["target"], -1)
+        entropy_BT = -jnp.sum(jax.nn.softmax(logits_BTE) * jax.nn.log_softmax(logits_BTE), -1)
+        load_E = jnp.sum(jax.nn.one_hot(chosen_BT, logits_BTE.shape[-1]) * weight_BT[..., None], (0, 1))
+        sums = {"agreement": hit_BT * weight_BT, "entropy": entropy_BT * weight_BT}
+        return total, (weight, {name: jnp.sum(each) for name, each in sums.items()} | {"load": load_E})
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, batch: dict[str, jax.Array]):
@@ -182,6 +190,18 @@ def make_expert_step(
         return phase, means | {"grad_norm": norm}
 
     return step
+
+
+def make_load(experts: int):
+    """jitted (expert_ABT, segments_ABT) -> float32 [E], the share of tokens (padding left out) of each expert."""
+
+    @jax.jit
+    def load(expert_ABT: jax.Array, segments_ABT: jax.Array) -> jax.Array:
+        real_ABT = (segments_ABT > 0).astype(jnp.float32)
+        count_E = jnp.sum(jax.nn.one_hot(expert_ABT, experts) * real_ABT[..., None], (0, 1, 2))
+        return count_E / jnp.maximum(jnp.sum(count_E), 1)
+
+    return load
 
 
 def plan(

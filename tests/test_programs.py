@@ -67,7 +67,7 @@ def test_results(stages):
     assert lines[2]["experts/kl"] > 0 and lines[0]["router/loss"] > 0
     assert sorted(p.name for p in stages.tuned.iterdir()) == sorted(
         ["config.json", "config.yaml", "generation_config.json", "manifest.json", "metrics.jsonl", "model.safetensors"]
-        + ["tokenizer.json", "tokenizer_config.json"]
+        + ["timing.jsonl", "tokenizer.json", "tokenizer_config.json"]
     )
     info = artifacts.read_manifest(stages.tuned)["info"]
     assert info["tokens"] == {"router": 4 * 2 * 32, "experts": 4 * 2 * 32} and info["tokens_per_s"]["experts"] > 0
