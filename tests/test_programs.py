@@ -158,6 +158,8 @@ def test_bfloat16_and_the_likeliest_tokens_killed_anywhere_end_bit_equal(stages,
     assert {str(a.dtype) for n, a in weights(out).items() if n != "readme.experts"} == {"bfloat16"}
     assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
     assert not [p.name for p in out.iterdir() if p.name.startswith(("top_k", "labels"))]
+    model = api.load(out)
+    assert np.isfinite(model.logits([[1, 2, 3]])).all() and model.route([[1, 2, 3]]).shape == (1, 3)
     assert logged(out, "router/loss") == pytest.approx(logged(stages.tuned, "router/loss"), rel=0.05)
     kl, part = logged(stages.tuned, "experts/kl")[2], logged(out, "experts/kl")[2]
     assert 0.02 * kl < part < kl, "of 33 classes in place of 384"
