@@ -161,10 +161,14 @@ def _start(config: HostsConfig, told: dict[str, Any]) -> None:
     server, card = peers.listen() if process == 0 else (None, {})
     text = np.frombuffer(json.dumps(card).ljust(2048).encode(), np.uint8)
     card = json.loads(bytes(np.asarray(multihost_utils.broadcast_one_to_all(text))))
-    if server is not None:
-        _line = peers.accept(server, card, _count, config.timeout)
-    else:
-        _line = peers.connect(card, process, config.timeout, known)
+    try:
+        if server is not None:
+            _line = peers.accept(server, card, _count, config.timeout)
+        else:
+            _line = peers.connect(card, process, config.timeout, known)
+    except PeerError as error:
+        peers.say(f"error: {error}")
+        os._exit(error.exit_code)  # an orderly exit would wait for those that are not there
 
 
 def _guard_start(up: threading.Event, config: HostsConfig, told: dict[str, Any]) -> None:

@@ -340,6 +340,12 @@ def test_alternate(stages, refused, tmp_path):
     alternate(["router.batch=2 must be a multiple of the mesh's 8"], mesh__data=0)
     alternate(["mesh data=9", "needs 9 devices, there are 8"], mesh__data=9)
     alternate(["mesh.data=-1 must be at least 1"], mesh__data=-1)
+    alternate(["3 devices do not divide the 8", "mesh.data=2 would use 6"], mesh__data=0, mesh__expert=3)
+    alternate(["mlp=48 FFN channels must be a multiple of mesh.model=5"], mesh__data=1, mesh__model=5)
+    alternate(["hosts", "hosts.process=2 must be below hosts.processes=2"], hosts={"processes": 2, "process": 2})
+    alternate(["hosts.coordinator, hosts.process: needed too"], hosts={"processes": 2})
+    alternate(["hosts", "hosts.coordinator='here' must be host:port"], hosts={"coordinator": "here"})
+    alternate(["profile", "profile.steps=-1 must not be negative"], profile={"steps": -1})
     rule = ["router", "label_batch=2 has no meaning with teacher=current"]
     alternate(rule, router__label_batch=2, router__teacher="current")
     alternate(["experts.way=grouped runs on one device"], mesh__data=2, experts__way="grouped")
@@ -473,6 +479,8 @@ def test_an_unfinished_run_with_other_options_is_kept(stages, refused, tmp_path,
     assert (partial / "checkpoints").is_dir()
     other = stages.yaml("alternate", out, seed=7)
     refused([partial, "unfinished result of another run", "seed=0 there, 7 here"], "alternate", "--config", other)
+    other = stages.yaml("alternate", out, experts__optim__clip=0.5)
+    refused([partial, "experts.optim.clip=1.0 there, 0.5 here"], "alternate", "--config", other)
     cli.dispatch(["alternate", "--config", stages.yaml("alternate", out, checkpoint__minutes=1.5)])
     assert differing(out, stages.tuned) == set(), "another pace of checkpoints is the same run"
 

@@ -1,4 +1,4 @@
-"""Several processes train together: killed, asked to stop, one of them lost; on another mesh and number of processes."""
+"""Several processes train together: killed, asked to stop, one of them lost; and on another number of processes."""
 
 import shutil
 import signal
@@ -17,7 +17,7 @@ RUN = {
     "router__label_batch": 4,
     "experts__steps": 6,
     "experts__batch": 4,
-    "checkpoint__steps": 1,
+    "checkpoint__steps": 2,
     "mesh": {"data": 4, "model": 2},
 }
 
@@ -59,7 +59,7 @@ def runs(stages, tmp_path_factory):
     seconds = time.monotonic() - began
     shutil.copytree(partial, root / "snapshot")
     running = go("killed", "both.log")
-    until(partial / "checkpoints/9/whole.json", running)
+    until(partial / "checkpoints/8/whole.json", running)
     for process in running:
         process.kill()
     assert ended(running) == [-signal.SIGKILL] * 2
@@ -73,7 +73,7 @@ def test_killed_one_then_both_ends_bit_equal(runs):
     (line,) = errors(root / "one.log", 0)
     assert line.startswith("error: process 1 is gone (its connection closed); process 0 ends too.")
     resumed = [int(said(root / log, 0)[0].split()[3]) for log in ("both.log", "last.log")]
-    assert 4 <= resumed[0] < resumed[1] and resumed[1] >= 9
+    assert 4 <= resumed[0] < resumed[1] and resumed[1] >= 8
     a, b = weights(root / "whole"), weights(root / "killed")
     assert a.keys() == b.keys() and [n for n in a if not np.array_equal(a[n], b[n])] == []
     assert (root / "whole/metrics.jsonl").read_text() == (root / "killed/metrics.jsonl").read_text()
@@ -103,6 +103,7 @@ def test_goes_on_in_one_process(runs, stages, tmp_path, mesh, capsys):
                 assert other[key] == pytest.approx(value, rel=1e-3), (whole["step"], key)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_its_code(runs, stages, tmp_path):
     """To one of two; the other learns of it. Then the run goes on to the same end."""
     root, _ = runs

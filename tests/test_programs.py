@@ -1,22 +1,25 @@
 """The stages as programs, one after the other: results, resumption bit for bit, and every way to tune."""
 
+import contextlib
 import gc
 import json
+import os
+import signal
 
 import jax
 import numpy as np
 import pytest
 from stages import ONE, differing, weights
 
-from readme_jax import api, artifacts
+from readme_jax import api, artifacts, cli
 from readme_jax import carve as carving
 from readme_jax.alternate import AlternateConfig, RecordCache
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ArtifactError, load_yaml
-from readme_jax.data import open_records
+from readme_jax.data import Batches, open_records
 from readme_jax.infer import export, generate
 from readme_jax.losses import next_token
-from readme_jax.metrics import read_metrics
+from readme_jax.metrics import NonFiniteError, read_metrics
 from readme_jax.statistics import load_statistics
 from readme_jax.train import alternate, calibrate, carve, evaluate, import_hf, prepare
 
@@ -29,6 +32,15 @@ class Killed(Exception):
 
 def dies_at(monkeypatch, owner, name, call):
     """`owner.name` makes a function: let the made function raise Killed at its `call`-th call (from 0)."""
+
+    def die():
+        raise Killed
+
+    calls_at(monkeypatch, owner, name, call, die)
+
+
+def calls_at(monkeypatch, owner, name, call, what):
+    """`owner.name` makes a function: do `what` before the `call`-th call (from 0) of the made function."""
     make = getattr(owner, name)
 
     def made(*args, **kwargs):
@@ -36,7 +48,7 @@ def dies_at(monkeypatch, owner, name, call):
 
         def counted(*args):
             if next(count) == call:
-                raise Killed
+                what()
             return function(*args)
 
         return counted
@@ -216,6 +228,65 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
     with pytest.raises(ArtifactError, match="belongs to another run .*seed=0 there, 1 here"):
         stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
+
+
+def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the midst of a phase and while labelling: exit code 75, and the next start goes on from there."""
+    out, resumed = tmp_path / "tuned", []
+    for name, call, words in (
+        ("make_label", 2, "stopped by SIGTERM; 3 of 8 records are labelled"),
+        ("make_router_step", 0, "stopped by SIGTERM; saved at step 1 of 8"),
+        ("make_expert_step", 2, "stopped by SIGTERM; saved at step 7 of 8"),
+    ):
+        with monkeypatch.context() as patch:
+            calls_at(patch, alternate.steps, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(SystemExit) as stop:
+                cli.run(lambda _: stages.alternate(out))
+        assert stop.value.code == 75
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == words
+        resumed += [line for line in printed.out.splitlines() if "resumed" in line]
+    stages.alternate(out)
+    assert "resumed at step 7 of 8" in capsys.readouterr().out and resumed == ["resumed at step 1 of 8"]
+    assert differing(out, stages.tuned) == set()
+    assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, capsys):
+    """It names step and records, and what is saved is from before it."""
+    make = alternate.steps.make_expert_step
+
+    def poisoned(*args, **kwargs):
+        step, count = make(*args, **kwargs), iter(range(10**9))
+
+        def run(*args):
+            phase, values = step(*args)
+            return phase, values | ({"loss": values["loss"] * np.float32("nan")} if next(count) == 1 else {})
+
+        return run
+
+    monkeypatch.setattr(alternate.steps, "make_expert_step", poisoned)
+    monkeypatch.setattr(alternate.jax, "transfer_guard_host_to_device", lambda _: contextlib.nullcontext())
+    with pytest.raises(NonFiniteError) as stop:
+        stages.alternate(tmp_path / "tuned", checkpoint__steps=1)
+    config = load_yaml(AlternateConfig, stages.tuned)
+    records = open_records(stages.data, "train")
+    numbers = Batches(records, dict.fromkeys(records, 1.0), batch=2, seed=1).index(1)
+    assert config.at(3) == ("experts", 1)
+    where = f"step 1 of phase experts, records {', '.join(map(str, sorted(numbers.ravel())))}"
+    assert str(stop.value) == f"step 3 ({where}): experts/loss is nan; the run stops before this is saved"
+    assert max(int(p.name) for p in (tmp_path / ".tuned.partial/checkpoints").iterdir()) == 3
+
+
+def test_a_window_of_steps_is_traced(stages, tmp_path):
+    out = stages.alternate(tmp_path / "tuned", rounds=1, profile={"steps": 1, "start": 2})
+    assert list((out / "profile").rglob("*.xplane.pb"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    identity = artifacts.parent_identity(out)
+    for name, same in (("timing.jsonl", True), ("metrics.jsonl", False)):
+        manifest["files"][name]["sha256"] = "other"
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        assert (artifacts.parent_identity(out) == identity) == same, "what was measured is no part of an identity"
 
 
 def test_interrupted_calibration_goes_on(stages, tmp_path, monkeypatch):
