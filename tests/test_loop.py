@@ -22,12 +22,15 @@ def batches(accum=2, batch=8):
 
 
 class Targets:
-    """What a label cache is to a batch."""
+    """What a cache of records is to a batch."""
 
-    experts = 3
+    fields = {"target": ((16, 3), np.float32), "rest": ((16,), np.int32)}
 
     def __getitem__(self, index):
-        return np.asarray(index, np.float32)[..., None, None] + np.zeros((16, 3), np.float32)
+        return {
+            "target": np.asarray(index, np.float32)[..., None, None] + np.zeros((16, 3), np.float32),
+            "rest": np.asarray(index, np.int32)[..., None] + np.arange(16, dtype=np.int32),
+        }
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (4, 2, 1), (2, 1, 4)], ids=str)
@@ -39,6 +42,7 @@ def test_a_placed_batch_is_the_batch(shape):
     for key in ("ids", "segments"):
         np.testing.assert_array_equal(placed[key], own[3][key])
     np.testing.assert_array_equal(placed["target"][:, :, 5, 1], own[3]["index"])
+    np.testing.assert_array_equal(placed["rest"][:, :, 5], own[3]["index"] + 5)
 
 
 def test_only_rows_of_own_devices_are_read(monkeypatch):
