@@ -38,6 +38,7 @@ MANIFEST = "manifest.json"
 MARK = "run.json"  # in an unfinished folder: whose it is
 LOCK = "run.lock"  # in an unfinished folder: held by the process that works in it
 FULL = (errno.ENOSPC, errno.EDQUOT)
+MEASURED = ("timing.jsonl", "profile", "tensorboard", "wandb")  # never twice the same, so no part of an identity
 BIG = 64 << 20  # bytes: a file from here on is not read again while its times are those of when it was hashed
 
 
@@ -96,8 +97,8 @@ def fingerprint(config: Any, parents: dict[str, Path]) -> str:
 
 def parent_identity(path: Path) -> str:
     """What stands for a parent folder in a fingerprint: its files' hashes, so a copy elsewhere is the same parent."""
-    manifest = read_manifest(path)
-    return hashlib.sha256(json.dumps(manifest["files"], sort_keys=True).encode()).hexdigest()
+    files = {n: entry for n, entry in read_manifest(path)["files"].items() if Path(n).parts[0] not in MEASURED}
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _result_fields(config: Any) -> dict[str, Any]:
@@ -189,8 +190,18 @@ def _difference(made: dict, mine: dict, parents: dict[str, Path]) -> str:
     old, new, stage = made["config"], mine["config"], mine["stage"]
     for key in sorted(new, key=lambda key: key in parents):  # paths of inputs last: they may differ and not matter
         if made["stage"] == stage and old.get(key) != new[key]:
-            return f"stage {stage}, {key}={old.get(key)!r} there, {new[key]!r} here"
+            name, there, here = _innermost(key, old.get(key), new[key])
+            return f"stage {stage}, {name}={there!r} there, {here!r} here"
     return f"stage {made['stage']}, other inputs"
+
+
+def _innermost(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+    """Dotted name and values of the first field in which two values differ."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        for key in [*here, *there]:
+            if there.get(key) != here.get(key):
+                return _innermost(f"{name}.{key}", there.get(key), here.get(key))
+    return name, there, here
 
 
 @dataclasses.dataclass

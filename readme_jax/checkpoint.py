@@ -1,8 +1,9 @@
 """Training checkpoints: `{name: pure tree}` at an integer step, written while training goes on. The only file that
 knows Orbax (v1).
 
-Orbax writes into `<root>/<step>`. When all files are there, `whole.json` is added with the size and CRC-32 of each: a
-folder without it, or that differs from it, does not count.
+Every process writes its own shards into `<root>/<step>`. When all files are there, process 0 adds `whole.json` with
+the size and CRC-32 of each: a folder without it, or that differs from it, does not count. Root must be on a file
+system that all processes share.
 """
 
 import concurrent.futures
@@ -20,7 +21,7 @@ from typing import Any, Literal
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from readme_jax import artifacts
+from readme_jax import artifacts, distributed
 from readme_jax.config import CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
@@ -61,7 +62,7 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """Checkpoints of one run below `root`."""
+    """Checkpoints of one run below `root`. Every process of the run makes the same calls in the same order."""
 
     def __init__(self, root: Path, keep: int = 2, keep_best: int = 0):
         self._root, self._keep, self._keep_best = Path(root).absolute(), keep, keep_best
@@ -75,7 +76,7 @@ class Checkpoints:
 
         Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it.
         """
-        self._last = self._find(resume)
+        self._last = distributed.on_main(lambda: self._find(resume))
         return self._last
 
     def _find(self, resume: str) -> int | None:
@@ -110,7 +111,7 @@ class Checkpoints:
             return
         path, self._last = self._root / str(step), step
         try:
-            with _options():
+            with _options(), jax.transfer_guard("allow"):  # its processes agree by way of the devices
                 response = ocp.save_checkpointables_async(path, trees, overwrite=True)
         except Exception as error:  # a full disk raises what TensorStore makes of it
             raise _unsaved(step, error) from None
@@ -120,9 +121,10 @@ class Checkpoints:
     def _finish(self, response: Any, step: int, score: float | None) -> None:
         try:
             response.result()
-            seal(self._root / str(step), score)
-            self._damaged.discard(step)
-            self._prune()
+            if distributed.is_main():
+                seal(self._root / str(step), score)
+                self._damaged.discard(step)
+                self._prune()
         except Exception as error:
             self._error = _unsaved(step, error)
 
@@ -152,6 +154,16 @@ class Checkpoints:
     def close(self) -> None:
         """Wait for what is being written."""
         self.wait()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: Any) -> None:
+        # When one process of several fails, the others do not come to finish a checkpoint with it.
+        if kind is None or jax.process_count() == 1:
+            self.close()
+
+    # ---- process 0 only
 
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._root.iterdir() if path.name.isdigit() and path.is_dir()]

@@ -14,7 +14,9 @@ import yaml
 
 
 class ReadMeError(Exception):
-    """Base of every error a user can cause. Programs print its one line and exit with code 2."""
+    """Base of every error a user can cause. Programs print its one line and exit with `exit_code`."""
+
+    exit_code = 2
 
 
 class ConfigError(ReadMeError):
@@ -35,6 +37,19 @@ class DataError(ReadMeError):
 
 class ArtifactError(ReadMeError):
     """An output folder that is incomplete, changed, or belongs to another run."""
+
+
+class PeerError(ReadMeError):
+    """Another process of the run is gone or failed, so this one ends."""
+
+    exit_code = 76
+    advice = "Started again, the same command goes on from the last checkpoint"
+
+
+class Stopped(ReadMeError):
+    """No error: asked to stop (SIGTERM, SIGINT), the run has saved itself; the same command goes on from there."""
+
+    exit_code = 75
 
 
 def require(ok: bool, message: str, error: type[ReadMeError] = ConfigError) -> None:

@@ -71,7 +71,7 @@ def expert_step_flops(
     whole = phase.tuned == "all"
     step = (3.0 if whole else 2.0) * student.projections + 3.0 * (student.scores + student.ffn)
     step += (3.0 if whole else 2.0) * head_flops(cfg)
-    if phase.kd_weight:
+    if phase.kd_weight and not phase.teacher_topk:
         step += layers(cfg, seq, cfg.mlp).total + head_flops(cfg)
     return step
 

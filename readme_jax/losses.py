@@ -154,42 +154,69 @@ class HeadLoss:
     chunk: int
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """A teacher whose logits are computed beside the student's: its hidden states [B, T, D] and head [V, D]."""
+
+    hidden_BTD: jax.Array
+    head_VD: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TopK:
+    """What is kept of a teacher's distribution over the vocabulary, see `top_k`: of the K likeliest tokens, likeliest
+    first, logp = logit - log sum exp of all logits (float32 [B, T, K]) and the ids, token (integers [B, T, K]); of the
+    others together, the log of their probability, rest (float32 [B, T], -inf when K = V)."""
+
+    logp: jax.Array
+    token: jax.Array
+    rest: jax.Array
+
+
+Teacher = Dense | TopK
+
+
 def head_loss(
     static: HeadLoss,
     head_VD: jax.Array,
     x_BTD: jax.Array,
-    teacher_VD: jax.Array,
-    teacher_BTD: jax.Array,
+    teacher: Teacher | None,
     target_BT: jax.Array,
     weight_BT: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Weighted sum of kd * KL + ce * CE over tokens, with the sums of both parts, from hidden states [B, T, D].
 
+    The teacher p gets no gradient; it may be None when kd is 0. With TopK, of the tokens t_1..t_K, the KL is that of
+    K + 1 classes, the last of which is all other tokens:
+    sum_k p(t_k) log(p(t_k) / q(t_k)) + p(rest) log(p(rest) / q(rest)), p and q normalised over the whole vocabulary.
+    By the log sum inequality (Cover & Thomas, Elements of Information Theory, theorem 2.7.1) it never exceeds the full
+    KL, and it is equal to it for K = V.
+
     Logits exist for `chunk` positions at a time, and their gradient is taken in the same pass: the [B, T, V] arrays of
-    a plain implementation are never built and nothing is recomputed. Teacher arrays get no gradient. Heads come as they
-    lie at rest: each is gathered once, its vocabulary stays split over `model`, and its gradient is summed over the
-    batch's devices once, behind the last chunk.
+    a plain implementation are never built and nothing is recomputed. Heads come as they lie at rest: each is gathered
+    once, its vocabulary stays split over `model`, and its gradient is summed over the batch's devices once, behind the
+    last chunk.
     """
-    total, kl, ce = _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+    total, kl, ce = _fused(static, head_VD, x_BTD, teacher, target_BT, weight_BT)
     return total, {"kl": jax.lax.stop_gradient(kl), "ce": jax.lax.stop_gradient(ce)}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _fused(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
-    sums, _, _ = _over_mesh(static, False, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
-    return sums
+def _fused(static, head_VD, x_BTD, teacher, target_BT, weight_BT):
+    return _over_mesh(static, False, head_VD, x_BTD, teacher, target_BT, weight_BT)[0]
 
 
-def _fused_forward(static, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
-    args = (head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
-    sums, grad_x, grad_head = _over_mesh(static, True, *args)
+def _fused_forward(static, head_VD, x_BTD, teacher, target_BT, weight_BT):
+    sums, grad_x, grad_head = _over_mesh(static, True, head_VD, x_BTD, teacher, target_BT, weight_BT)
     return sums, (grad_x, grad_head)
 
 
 def _fused_backward(static, saved, cotangents):
     grad_x, grad_head = saved
     scale = cotangents[0]
-    return (grad_head * scale).astype(grad_head.dtype), (grad_x * scale).astype(grad_x.dtype), None, None, None, None
+    return (grad_head * scale).astype(grad_head.dtype), (grad_x * scale).astype(grad_x.dtype), None, None, None
 
 
 _fused.defvjp(_fused_forward, _fused_backward)
@@ -204,28 +231,31 @@ def _gathered_head(head_VD: jax.Array, dtype) -> jax.Array:
 
 
 def _on_devices(run, out_specs, args):
-    """run(batch axes, split, *args) on every device's part of `args`, whose second is a head.
+    """run(batch axes, split, *args) on every device's part of the arrays in `args`, whose second is a head.
 
     batch axes: what to sum over to have the sum over the batch. split: the mesh axis over which the vocabulary is
     split, None when it is whole.
     """
-    places = [jax.typeof(a).sharding.spec for a in args]
+    places = jax.tree.map(lambda a: jax.typeof(a).sharding.spec, args)
     if batch_devices() * model_devices() == 1:
         # a change of type, not of place: collectives of one device would be copies
         return jax.reshard(run((), None, *jax.reshard(args, REPLICATED)), out_specs)
     run = functools.partial(run, BATCH, places[1][0])
-    return jax.shard_map(run, in_specs=tuple(places), out_specs=out_specs)(*args)
+    return jax.shard_map(run, in_specs=places, out_specs=out_specs)(*args)
 
 
-def _over_mesh(static, gradient, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT):
+def _over_mesh(static, gradient, head_VD, x_BTD, teacher, target_BT, weight_BT):
     """`_scan_chunks` with the heads gathered before and the head's gradient back at rest behind."""
     rest = stored(("logit", "embed"), head_VD.shape)
-    run = functools.partial(_scan_chunks, static, gradient, rest[1])
-    heads = _gathered_head(head_VD, x_BTD.dtype), _gathered_head(teacher_VD, teacher_BTD.dtype)
+    by_token, heads = None, None
+    if static.kd and isinstance(teacher, Dense):
+        by_token, heads = teacher.hidden_BTD, _gathered_head(teacher.head_VD, teacher.hidden_BTD.dtype)
+    elif static.kd:
+        by_token = teacher
     sums, grad_x, grad_head = _on_devices(
-        run,
+        functools.partial(_scan_chunks, static, gradient, rest[1]),
         (jax.P(), ACTIVATION, rest) if gradient else (jax.P(), None, None),
-        (x_BTD, heads[0], teacher_BTD, heads[1], target_BT, weight_BT),
+        (x_BTD, _gathered_head(head_VD, x_BTD.dtype), by_token, heads, target_BT, weight_BT),
     )
     if gradient:
         grad_head = gather(grad_head, jax.typeof(head_VD).sharding.spec, head_VD.dtype)
@@ -273,31 +303,60 @@ def _pick(values_BTV: jax.Array, own_BT: jax.Array, split: str | None) -> jax.Ar
     return _sum_over(jnp.where(own_BT < width, part_BT, 0), split)
 
 
-def _scan_chunks(
-    static, gradient, scattered, batch, split, x_BTD, head, teacher_BTD, teacher_head, target_BT, weight_BT
-):
-    """Sums, gradient of x, gradient of the head, from this device's tokens and its part of the vocabulary."""
+def _whole_kl(logp_BTV, teacher_BTD, teacher_VD, split):
+    """(KL(teacher || student) [B, T], what the student's probabilities are pulled to [B, T, V])."""
+    logp_teacher = _log_softmax(_logits(teacher_BTD, teacher_VD), split)
+    p_teacher = jnp.exp(logp_teacher)
+    return _sum_over(jnp.sum(p_teacher * (logp_teacher - logp_BTV), -1), split), p_teacher
+
+
+def _top_kl(logp_BTV, teacher: TopK, split):
+    """The same over the teacher's K most likely tokens and one class for the rest; see `head_loss`.
+
+    With q the student: d KL / d logit_j = q_j - p_j for a token of the K, else q_j - p(rest) q_j / q(rest).
+    """
+    logp_BTK, ids_BTK, rest_BT = teacher.logp, teacher.token.astype(jnp.int32), teacher.rest
+    b, t, width = logp_BTV.shape
+    own_BTK = _own_ids(ids_BTK, width, split)
+    at = (jnp.arange(b)[:, None, None], jnp.arange(t)[:, None], own_BTK)
+    p_BTV = jnp.full_like(logp_BTV, -1).at[at].set(jnp.exp(logp_BTK), mode="drop")
+    q_BTV = jnp.exp(logp_BTV)
+    q_rest_BT = _sum_over(jnp.sum(jnp.where(p_BTV < 0, q_BTV, 0), -1), split)
+    q_rest_BT = jnp.maximum(q_rest_BT, 1e-37)  # none is left when K = V
+    # ids of other devices are out of range here: nothing is added for them, each is in range on one device
+    logq_BTK = logp_BTV.at[at].get(mode="fill", fill_value=0)
+    kl_BT = jnp.sum(jnp.exp(logp_BTK) * (logp_BTK - _sum_over(logq_BTK, split)), -1)
+    p_rest_BT = jnp.exp(rest_BT)
+    kl_BT += jnp.where(p_rest_BT > 0, p_rest_BT * (rest_BT - jnp.log(q_rest_BT)), 0)
+    return kl_BT, jnp.where(p_BTV < 0, q_BTV * (p_rest_BT / q_rest_BT)[..., None], p_BTV)
+
+
+def _scan_chunks(static, gradient, scattered, batch, split, x_BTD, head, by_token, teacher_head, target_BT, weight_BT):
+    """Sums, gradient of x, gradient of the head, from this device's tokens and its part of the vocabulary.
+
+    scattered: mesh axes over which the head's gradient is left split by columns.
+    """
     b, t, d = x_BTD.shape
 
     def body(carry, inputs):
         total, kl, ce, grad_head = carry
-        x, teacher_x, ids, weight = inputs
+        x, teacher, ids, weight = inputs
         logp = _log_softmax(_logits(x, head), split)
         own = _own_ids(ids, logp.shape[-1], split)
         nll = -_pick(logp, own, split)
-        kl_t = jnp.zeros_like(nll)
-        p_teacher = None
+        kl_t, pull = jnp.zeros_like(nll), None
         if static.kd:
-            logp_teacher = _log_softmax(_logits(teacher_x, teacher_head), split)
-            p_teacher = jnp.exp(logp_teacher)
-            kl_t = _sum_over(jnp.sum(p_teacher * (logp_teacher - logp), -1), split)
+            if teacher_head is None:
+                kl_t, pull = _top_kl(logp, teacher, split)
+            else:
+                kl_t, pull = _whole_kl(logp, teacher, teacher_head, split)
         loss = jnp.sum((static.kd * kl_t + static.ce * nll) * weight)
         grad_x = None
         if gradient:
             p = jnp.exp(logp)
             wanted = static.ce * (jnp.arange(p.shape[-1]) == own[..., None])
-            if p_teacher is not None:
-                wanted = wanted + static.kd * p_teacher
+            if pull is not None:
+                wanted = wanted + static.kd * pull
             grad = (((static.kd + static.ce) * p - wanted) * weight[..., None]).astype(x.dtype)
             grad_x = _sum_over(jnp.einsum("btv,vd->btd", grad, head), split)
             grad_head += jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
@@ -309,7 +368,7 @@ def _scan_chunks(
         return jax.lax.pcast(jnp.zeros(shape, jnp.float32), over, to="varying") if over else jnp.zeros(shape)
 
     start = (zeros(()), zeros(()), zeros(()), zeros(head.shape, split) if gradient else zeros(()))
-    inputs = tuple(_chunks(a, static.chunk) for a in (x_BTD, teacher_BTD, target_BT, weight_BT))
+    inputs = jax.tree.map(lambda a: _chunks(a, static.chunk), (x_BTD, by_token, target_BT, weight_BT))
     (*sums, grad_head), grad_x = jax.lax.scan(body, start, inputs)
     sums = tuple(_sum_over(part, batch) for part in sums)
     if not gradient:
@@ -336,3 +395,23 @@ def token_loss(
 
     args = (x_BTD, _gathered_head(head_VD, x_BTD.dtype), target_BT, weight_BT)
     return _on_devices(run, spec("batch"), args), jnp.sum(weight_BT, -1)
+
+
+def top_k(head_VD: jax.Array, x_BTD: jax.Array, k: int, chunk: int) -> TopK:
+    """What `head_loss` needs of a teacher, from its hidden states and head; logits of `chunk` positions at a time."""
+    head_VD = gather(head_VD, jax.P(None, None), x_BTD.dtype)
+
+    def run(batch, split, x_BTD, head):
+        def one(x):
+            logp_BTV = _log_softmax(_logits(x, head), None)
+            logp_BTK, token_BTK = jax.lax.top_k(logp_BTV, k)
+            at = (jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None], token_BTK)
+            # the others are summed by themselves: 1 - sum p(t_k) has no digits left where they are unlikely
+            rest_BT = jnp.log(jnp.sum(jnp.exp(logp_BTV).at[at].set(0), -1))
+            return TopK(logp_BTK, token_BTK, rest_BT)
+
+        b, t = x_BTD.shape[:2]
+        found = jax.lax.map(one, _chunks(x_BTD, chunk))
+        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(b, -1, *a.shape[3:])[:, :t], found)
+
+    return _on_devices(run, TopK(ACTIVATION, ACTIVATION, spec("batch", "seq")), (x_BTD, head_VD))

@@ -1,62 +1,133 @@
-"""Metrics of a run: one JSON line a step, optional TensorBoard, a progress bar, timings and peak memory."""
+"""Metrics of a run: JSON lines, optional TensorBoard and wandb, a progress bar, the pace of steps, peak memory."""
 
+import collections
 import contextlib
 import json
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from readme_jax import artifacts
 from readme_jax.config import ConfigError, ReadMeError
+
+# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by what jax calls it.
+PEAKS = {
+    "TPU v4 lite": 138e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "TPU v6e": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA GH200": 989e12,
+    "NVIDIA B200": 2250e12,
+}
 
 
 class NonFiniteError(ReadMeError):
     """A loss or gradient that is not a number: the run stops and says where."""
 
 
-class Metrics:
-    """Append-only JSONL log keyed by a step number; on resume the lines past the restored step are dropped."""
+def peak_flops(kind: str) -> float | None:
+    """Dense bf16 peak of a device kind (`jax.Device.device_kind`), FLOP/s; None for one that is not in PEAKS."""
+    known = [name for name in PEAKS if kind.startswith(name)]
+    return PEAKS[max(known, key=len)] if known else None
 
-    def __init__(self, path: Path, resume_at: int = 0, tensorboard: Path | None = None):
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError:  # the line a kill cut short
-                    continue
-                if entry["step"] < resume_at:
-                    kept.append(line)
-        artifacts.write_text(path, "".join(line + "\n" for line in kept))
-        self._file = open(path, "a", buffering=1)
-        self._board = None
+
+class Metrics:
+    """Append-only JSON lines keyed by a step number; on resume the lines past the restored step are dropped.
+
+    `path` holds what a run computes, the same however often it was interrupted; `timing.jsonl` beside it what was
+    measured. path None writes nothing: for the processes that do not log.
+    """
+
+    def __init__(
+        self,
+        path: Path | None,
+        resume_at: int = 0,
+        tensorboard: Path | None = None,
+        wandb: dict[str, Any] | None = None,
+    ):
+        """tensorboard: folder for events. wandb: arguments of wandb.init. ConfigError where their extra is missing."""
+        self._files, self._board, self._wandb = [], None, None
+        self._kept: list[dict] = []
+        if path is None:
+            return
+        timing = path.with_name("timing.jsonl")
+        self._kept = _drop(path, resume_at)
+        _drop(timing, resume_at)
+        self._files = [open(file, "a", buffering=1) for file in (path, timing)]
         if tensorboard is not None:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
                 raise ConfigError("tensorboard=true needs the extra: pip install 'readme-jax[tensorboard]'") from None
             self._board = SummaryWriter(str(tensorboard))
+        if wandb is not None:
+            try:
+                import wandb as library
+            except ImportError:
+                raise ConfigError("wandb needs the extra: pip install 'readme-jax[wandb]'") from None
+            self._wandb = library.init(**wandb)
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Write one line; NonFiniteError names the first value that is not finite."""
+    def past(self, name: str) -> list[float]:
+        """Values of the steps before the one the run was resumed at."""
+        return [line[name] for line in self._kept if name in line]
+
+    def log(
+        self,
+        step: int,
+        values: dict[str, float],
+        timing: dict[str, float] | None = None,
+        where: Callable[[], str] | None = None,
+    ) -> None:
+        """Write a line. NonFiniteError names the first of `values` that is not finite, and `where()` it happened."""
         for name, value in values.items():
             if not math.isfinite(value):
-                raise NonFiniteError(f"step {step}: {name} is {value}; the run stops before this is saved")
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+                place = f" ({where()})" if where else ""
+                raise NonFiniteError(f"step {step}{place}: {name} is {value}; the run stops before this is saved")
+        for file, entry in zip(self._files, (values, timing)):
+            if entry:
+                file.write(json.dumps({"step": step, **entry}) + "\n")
+        everything = {**values, **(timing or {})}
         if self._board is not None:
-            for name, value in values.items():
+            for name, value in everything.items():
                 self._board.add_scalar(name, value, step)
+        if self._wandb is not None:
+            self._wandb.log(everything, step=step)
 
     def close(self) -> None:
         """Flush and close."""
-        self._file.close()
+        for file in self._files:
+            file.close()
         if self._board is not None:
             self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def _drop(path: Path, resume_at: int) -> list[dict]:
+    """Rewrite a file of lines without those from `resume_at` on, and without one that a kill cut short."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            entry = json.loads(line)
+            if entry["step"] < resume_at:
+                kept.append(entry)
+    artifacts.write_text(path, "".join(json.dumps(entry) + "\n" for entry in kept))
+    return kept
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -64,8 +135,63 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def progress(total: int, name: str, unit: str = "tok", initial: int = 0) -> tqdm:
-    """A tqdm bar with a rate: live on a terminal, a line every 30 s elsewhere."""
+def routing_spread(load_E: np.ndarray) -> dict[str, float]:
+    """Of each expert's share of the tokens: the largest over the mean, and the part of the experts with none."""
+    load_E = np.asarray(load_E, np.float64)
+    return {
+        "load_max_over_mean": float(load_E.max() * len(load_E) / max(load_E.sum(), 1e-30)),
+        "unused_experts": float((load_E == 0).mean()),
+    }
+
+
+class Pace:
+    """Where the wall time of a loop goes: waiting for data, waiting for the device, saving; the rest is host work.
+
+    `lap` closes a step and gives its figures: seconds, shares and percentiles over the last `window` steps of the same
+    kind. The first of a kind, which compiles, is left out of them. inline: programs run inside their call (CPU), which
+    is then no host work.
+    """
+
+    def __init__(self, window: int = 100, inline: bool = False):
+        self._inline = inline
+        self._start, self._waited = time.perf_counter(), collections.defaultdict(float)
+        self._laps: dict[str, collections.deque] = {}
+        self._window = window
+
+    @contextlib.contextmanager
+    def waiting(self, why: str) -> Iterator[None]:
+        """Time of the block counts as waiting for `data`, `device` or `save`."""
+        start = time.perf_counter()
+        yield
+        self._waited[why] += time.perf_counter() - start
+
+    def calling(self) -> contextlib.AbstractContextManager[None]:
+        """For a block that starts programs of the device."""
+        return self.waiting("device") if self._inline else contextlib.nullcontext()
+
+    def lap(self, kind: str) -> dict[str, float]:
+        """Seconds of the step that ends here, and the shares of the last steps of its kind."""
+        now, wait = time.perf_counter(), self._waited
+        seconds, self._start, self._waited = now - self._start, now, collections.defaultdict(float)
+        lap = (seconds - wait["save"], wait["data"], wait["device"])
+        first = kind not in self._laps
+        laps = self._laps.setdefault(kind, collections.deque(maxlen=self._window))
+        if not first:
+            laps.append(lap)
+        step_N, data_N, device_N = np.array(laps or [lap]).T
+        total = max(step_N.sum(), 1e-9)
+        return {
+            "time/step": seconds,
+            "time/save": wait["save"],
+            "time/step_p50": float(np.percentile(step_N, 50)),
+            "time/step_p95": float(np.percentile(step_N, 95)),
+            "time/data_wait_share": float(data_N.sum() / total),
+            "time/host_share": float((step_N - data_N - device_N).sum() / total),
+        }
+
+
+def progress(total: int, name: str, unit: str = "tok", initial: int = 0, silent: bool = False) -> tqdm:
+    """A tqdm bar with a rate: live on a terminal, a line every 30 s elsewhere, nothing when `silent`."""
     live = sys.stderr.isatty()
     return tqdm(
         total=total,
@@ -76,6 +202,7 @@ def progress(total: int, name: str, unit: str = "tok", initial: int = 0) -> tqdm
         mininterval=0.2 if live else 30.0,
         dynamic_ncols=live,
         ascii=not live,
+        disable=silent,
     )
 
 

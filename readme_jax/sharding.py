@@ -171,11 +171,21 @@ def expert_devices() -> int:
 
 
 def put(value: Any, partition: P = REPLICATED) -> jax.Array:
-    """Place a host array on the current mesh."""
+    """Place a host array on the current mesh. With several processes each takes its own part of it, and none checks
+    that the others hold the same."""
     mesh = jax.sharding.get_mesh()
     # One entry a dimension, as jit returns it: `P()` and `P(None)` are the same place but two entries of jit's cache.
-    whole = P(*partition, *(None,) * (np.ndim(value) - len(partition)))
-    return jax.device_put(value, jax.NamedSharding(mesh, whole))
+    whole = jax.NamedSharding(mesh, P(*partition, *(None,) * (np.ndim(value) - len(partition))))
+    if not mesh.is_multi_process:
+        return jax.device_put(value, whole)
+    host = np.asarray(value)
+    return from_callback(host.shape, whole, lambda index: host[index])
+
+
+def from_callback(shape: tuple[int, ...], place: jax.NamedSharding, read: Callable, dtype: Any = None) -> jax.Array:
+    """jax.make_array_from_callback as the explicit transfer that it is: a transfer guard lets it through."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, place, read, dtype)
 
 
 def put_parts(
@@ -205,4 +215,4 @@ def put_parts(
             parts[key] = read(index)
         return parts[key]
 
-    return jax.make_array_from_callback(shape, jax.NamedSharding(mesh, whole), part, dtype)
+    return from_callback(shape, jax.NamedSharding(mesh, whole), part, dtype)

@@ -41,7 +41,7 @@ class Phase:
 def start(params: Params, tx: optax.GradientTransformation) -> Phase:
     """A phase at step 0 that owns `params` (they will be donated)."""
     # tx.init under jit: one program, and the state is placed like the parameters
-    return Phase(jnp.int32(0), params, jax.jit(tx.init)(params))
+    return Phase(sharding.put(np.int32(0)), params, jax.jit(tx.init)(params))
 
 
 def split_tuned(params: Params, tuned: Tuned) -> tuple[Params, Params]:
@@ -61,7 +61,10 @@ def join(tuned: Params, frozen: Params) -> Params:
 
 
 def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, jax.Array]]:
-    """Gradient of the weighted mean of loss_fn over microbatches [A, ...]; loss_fn gives (sum, (weight, sums))."""
+    """float32 gradient of the weighted mean of loss_fn over microbatches [A, ...]; loss_fn gives (sum, (weight, sums)).
+
+    It lies like the parameters at rest.
+    """
 
     def one(micro):
         (total, (weight, extra)), grad = jax.value_and_grad(loss_fn, has_aux=True)(params, micro)
@@ -73,15 +76,15 @@ def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, 
     else:
         abstract = jax.eval_shape(one, jax.tree.map(lambda a: a[0], batch))
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (abstract[1], abstract[2]))
-        zero_grad = jax.tree.map(jnp.zeros_like, params)
+        zero_grad = jax.tree.map(lambda leaf: jnp.zeros_like(leaf, jnp.float32), params)
 
         def body(carry, micro):
-            return jax.tree.map(jnp.add, carry, one(micro)), None
+            return jax.tree.map(jnp.add, carry, one(micro)), None  # bfloat16 gradients are summed in float32
 
         (grad, sums, weight), _ = jax.lax.scan(body, (zero_grad, *zeros), batch)
     weight = jnp.maximum(weight, 1.0)
     means = {name: value / weight for name, value in sums.items()}
-    return jax.tree.map(lambda g: (g / weight).astype(g.dtype), grad), means
+    return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grad), means
 
 
 def _update(phase: Phase, tx: optax.GradientTransformation, grad: Params) -> tuple[Phase, jax.Array]:
@@ -101,6 +104,18 @@ def make_label(cfg: ModelConfig, labels: LabelConfig, dtype=jnp.float32):
     return label
 
 
+def make_top_k(cfg: ModelConfig, k: int, chunk: int, dtype=jnp.float32):
+    """jitted (dense teacher's params, ids_BT, segments_BT) -> losses.TopK of its k likeliest tokens at each position;
+    logits of `chunk` positions at a time."""
+
+    @jax.jit
+    def top_k(params: Params, ids_BT: jax.Array, segments_BT: jax.Array) -> losses.TopK:
+        x_BTD, _ = backbone.forward(cfg, params, ids_BT, segments_BT, dtype=dtype)
+        return losses.top_k(backbone.head_weight(params), x_BTD, k, chunk)
+
+    return top_k
+
+
 def make_route(router_cfg: RouterConfig, theta: float):
     """jitted (router params, ids_ABT, segments_ABT) -> int32 experts [A, B, T]."""
 
@@ -114,14 +129,22 @@ def make_route(router_cfg: RouterConfig, theta: float):
 
 
 def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation):
-    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile."""
+    """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile.
+
+    Among the metrics, means over tokens: agreement with the label's best expert, entropy (nats) of the router's
+    distribution, and load [E], the share of tokens that each expert is chosen for.
+    """
 
     def loss_fn(params, micro):
         weight_BT = (micro["segments"] > 0).astype(jnp.float32)
         logits_BTE = router.logits(router_cfg, params, micro["ids"], micro["segments"], theta)
         total, weight = losses.router_loss(logits_BTE, micro["target"], weight_BT)
-        hit_BT = jnp.argmax(logits_BTE, -1) == jnp.argmax(micro["target"], -1)
-        return total, (weight, {"agreement": jnp.sum(hit_BT * weight_BT)})
+        chosen_BT = jnp.argmax(logits_BTE, -1)
+        hit_BT = chosen_BT == jnp.argmax(micro["target"], -1)
+        entropy_BT = -jnp.sum(jax.nn.softmax(logits_BTE) * jax.nn.log_softmax(logits_BTE), -1)
+        load_E = jnp.sum(jax.nn.one_hot(chosen_BT, logits_BTE.shape[-1]) * weight_BT[..., None], (0, 1))
+        sums = {"agreement": hit_BT * weight_BT, "entropy": entropy_BT * weight_BT}
+        return total, (weight, {name: jnp.sum(each) for name, each in sums.items()} | {"load": load_E})
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, batch: dict[str, jax.Array]):
@@ -142,8 +165,9 @@ def make_expert_step(
 ):
     """jitted (phase, frozen, teacher, table, batch) -> (phase, metrics).
 
-    frozen: the untuned part of the backbone; teacher: the whole dense teacher (its FFN runs all channels), or None
-    when kd is 0. batch: ids, segments [A,B,T] and route (leaves [A, ...]). One compile per route shape.
+    frozen: the untuned part of the backbone; teacher: the whole dense teacher (its FFN runs all channels) in any dtype.
+    batch: ids, segments [A,B,T] and route (leaves [A, ...]). The teacher is None when kd is 0, or when the batch says
+    what it would: `teacher`, a losses.TopK of leaves [A,B,T,...]. One compile per route shape.
     """
 
     def loss_fn(params, frozen, teacher, table, micro):
@@ -152,14 +176,11 @@ def make_expert_step(
         x_BTD, _ = backbone.forward(
             cfg, whole, micro["ids"], micro["segments"], table=table, route=micro["route"], dtype=dtype, remat=remat
         )
-        head_VD = backbone.head_weight(whole)
-        if head.kd:
+        said = micro.get("teacher")
+        if head.kd and said is None:
             teacher_BTD, _ = backbone.forward(cfg, teacher, micro["ids"], micro["segments"], dtype=dtype)
-            teacher_VD = backbone.head_weight(teacher)
-        else:
-            teacher_BTD, teacher_VD = x_BTD, head_VD
-        teacher_BTD, teacher_VD = jax.lax.stop_gradient((teacher_BTD, teacher_VD))
-        total, parts = losses.head_loss(head, head_VD, x_BTD, teacher_VD, teacher_BTD, target_BT, weight_BT)
+            said = losses.Dense(*jax.lax.stop_gradient((teacher_BTD, backbone.head_weight(teacher))))
+        total, parts = losses.head_loss(head, backbone.head_weight(whole), x_BTD, said, target_BT, weight_BT)
         return total, (jnp.sum(weight_BT), parts)
 
     @functools.partial(jax.jit, donate_argnums=0)
@@ -169,6 +190,18 @@ def make_expert_step(
         return phase, means | {"grad_norm": norm}
 
     return step
+
+
+def make_load(experts: int):
+    """jitted (expert_ABT, segments_ABT) -> float32 [E], the share of tokens (padding left out) of each expert."""
+
+    @jax.jit
+    def load(expert_ABT: jax.Array, segments_ABT: jax.Array) -> jax.Array:
+        real_ABT = (segments_ABT > 0).astype(jnp.float32)
+        count_E = jnp.sum(jax.nn.one_hot(expert_ABT, experts) * real_ABT[..., None], (0, 1, 2))
+        return count_E / jnp.maximum(jnp.sum(count_E), 1)
+
+    return load
 
 
 def plan(

@@ -14,7 +14,7 @@ from test_sources import write_gguf
 
 from readme_jax import artifacts, cli
 from readme_jax import carve as carving
-from readme_jax.alternate import LabelCache
+from readme_jax.alternate import RecordCache
 from readme_jax.train import alternate, calibrate
 
 LAST = "model.layers.1.self_attn.v_proj.weight"
@@ -330,9 +330,22 @@ def test_alternate(stages, refused, tmp_path):
     alternate([stages.carved, "has no router and router.steps is 0"], router__steps=0)
     alternate(["router.steps and experts.steps are both 0"], router__steps=0, experts__steps=0)
     alternate(["kd_weight=0.0, ce_weight=0.0", "not both 0"], experts__kd_weight=0)
+    plain = {"experts__kd_weight": 0, "experts__ce_weight": 1}
+    alternate(["experts", "teacher_topk=4 needs kd_weight > 0 and steps > 0"], experts__teacher_topk=4, **plain)
+    alternate(["teacher_topk=-1 must not be negative"], experts__teacher_topk=-1)
+    alternate(["experts.teacher_topk=500", "has 384 tokens"], experts__teacher_topk=500, early=False)
+    rule = ["experts.teacher_dtype=bfloat16 has no meaning"]
+    alternate(rule, experts__teacher_dtype="bfloat16", router__teacher="current", **plain)
+    alternate(["experts.optim", "rounding=nearest has no meaning"], experts__optim={"lr": 1, "rounding": "nearest"})
     alternate(["router.batch=2 must be a multiple of the mesh's 8"], mesh__data=0)
     alternate(["mesh data=9", "needs 9 devices, there are 8"], mesh__data=9)
     alternate(["mesh.data=-1 must be at least 1"], mesh__data=-1)
+    alternate(["3 devices do not divide the 8", "mesh.data=2 would use 6"], mesh__data=0, mesh__expert=3)
+    alternate(["mlp=48 FFN channels must be a multiple of mesh.model=5"], mesh__data=1, mesh__model=5)
+    alternate(["hosts", "hosts.process=2 must be below hosts.processes=2"], hosts={"processes": 2, "process": 2})
+    alternate(["hosts.coordinator, hosts.process: needed too"], hosts={"processes": 2})
+    alternate(["hosts", "hosts.coordinator='here' must be host:port"], hosts={"coordinator": "here"})
+    alternate(["profile", "profile.steps=-1 must not be negative"], profile={"steps": -1})
     rule = ["router", "label_batch=2 has no meaning with teacher=current"]
     alternate(rule, router__label_batch=2, router__teacher="current")
     alternate(["experts.way=grouped runs on one device"], mesh__data=2, experts__way="grouped")
@@ -466,6 +479,8 @@ def test_an_unfinished_run_with_other_options_is_kept(stages, refused, tmp_path,
     assert (partial / "checkpoints").is_dir()
     other = stages.yaml("alternate", out, seed=7)
     refused([partial, "unfinished result of another run", "seed=0 there, 7 here"], "alternate", "--config", other)
+    other = stages.yaml("alternate", out, experts__optim__clip=0.5)
+    refused([partial, "experts.optim.clip=1.0 there, 0.5 here"], "alternate", "--config", other)
     cli.dispatch(["alternate", "--config", stages.yaml("alternate", out, checkpoint__minutes=1.5)])
     assert differing(out, stages.tuned) == set(), "another pace of checkpoints is the same run"
 
@@ -537,8 +552,8 @@ def test_system_errors_are_one_line(capsys):
 
 def test_labels_take_their_blocks_at_once(tmp_path):
     """A sparse file would kill the process at a later write to its map."""
-    cache = LabelCache(tmp_path, np.arange(50, dtype=np.int32), 64, 3)
-    path = tmp_path / "labels.npy"
+    cache = RecordCache(tmp_path, "labels", np.arange(50, dtype=np.int32), {"target": ((64, 3), np.float32)})
+    path = tmp_path / "labels.target.npy"
     assert path.stat().st_blocks * 512 >= 50 * 64 * 3 * 4
-    cache.fill(4, lambda ids_B: np.broadcast_to(ids_B[:, None, None], (4, 64, 3)).astype(np.float32))
+    cache.fill(4, lambda ids_B: {"target": np.broadcast_to(ids_B[:, None, None], (4, 64, 3)).astype(np.float32)})
     assert np.load(path)[:, 0, 0].tolist() == list(range(50))

@@ -10,7 +10,7 @@ import pytest
 
 from readme_jax import cli
 from readme_jax.carve import CarveConfig
-from readme_jax.config import ConfigError, DataError, require, save_yaml
+from readme_jax.config import ConfigError, DataError, PeerError, Stopped, require, save_yaml
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,6 +94,16 @@ def test_run_prints_one_line_and_exits_2(capsys):
     assert stop.value.code == 2
     assert capsys.readouterr().err == "error: domain news: 812 tokens, 4096 asked\n"
     assert cli.run(lambda argv: 3, []) is None
+
+
+@pytest.mark.parametrize("kind, code, head", [(PeerError, 76, "error: "), (Stopped, 75, "")])
+def test_ends_with_a_code_of_their_own(kind, code, head, capsys):
+    def main(argv):
+        raise kind("words")
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, [])
+    assert stop.value.code == code and capsys.readouterr().err == f"{head}words\n"
 
 
 def test_stages(monkeypatch, capsys):

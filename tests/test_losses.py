@@ -16,7 +16,7 @@ from readme_jax.models import backbone
 from readme_jax.models.experts import make_table
 from readme_jax.models.layers import ACTIVATION
 from readme_jax.routing import membership
-from readme_jax.sharding import put
+from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 from readme_jax.steps import make_label
 
 B, T, F, D, E, C, L, V = 2, 40, 60, 32, 4, 36, 3, 50
@@ -195,19 +195,21 @@ def test_head_loss_value_and_gradients(mesh, kd, ce, chunk):
     x_MD, teacher_MD = (np.asarray(a).reshape(-1, D) for a in (x, teacher))
     flat = (head, x_MD, teacher_head, teacher_MD, target.reshape(-1), weight.reshape(-1))
     expected, kl, nll = head_oracle(*flat, kd, ce)
-    total, parts = jax.jit(losses.head_loss, static_argnums=0)(static, *args)
+    said = losses.Dense(teacher, teacher_head) if kd else None
+    total, parts = jax.jit(losses.head_loss, static_argnums=0)(static, head, x, said, target, weight)
     assert float(total) == pytest.approx(expected, rel=1e-5)
     assert float(parts["ce"]) == pytest.approx(nll, rel=1e-5)
     assert float(parts["kl"]) == pytest.approx(kl if kd else 0.0, rel=1e-5)
 
     # tied: x depends on the head as well, and the loss is scaled by what comes after it
-    def tied(loss):
+    def tied(loss, *teachers):
         def f(head, x):
-            return 3.0 * loss(static, head, x + jnp.tanh(head[target]), teacher_head, teacher, target, weight)
+            return 3.0 * loss(static, head, x + jnp.tanh(head[target]), *teachers, target, weight)
 
         return jax.jit(jax.grad(f, argnums=(0, 1)))(head, x)
 
-    got, plain = tied(lambda *a: losses.head_loss(*a)[0]), tied(plain_head_loss)
+    got = tied(lambda *a: losses.head_loss(*a)[0], said)
+    plain = tied(plain_head_loss, teacher_head, teacher)
     for a, b in zip(got, plain, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
     assert not np.asarray(got[1])[weight == 0].any(), "a token without weight moves nothing"
@@ -216,10 +218,59 @@ def test_head_loss_value_and_gradients(mesh, kd, ce, chunk):
 def test_head_loss_of_the_teacher_itself_is_its_entropy_floor(mesh):
     """KL to oneself is 0 and has no gradient."""
     head, x, _, _, target, weight = case()
+    said = losses.Dense(x, head)
     value, grad = jax.jit(
-        jax.value_and_grad(lambda y: losses.head_loss(HeadLoss(1.0, 0.0, 16), head, y, head, x, target, weight)[0])
+        jax.value_and_grad(lambda y: losses.head_loss(HeadLoss(1.0, 0.0, 16), head, y, said, target, weight)[0])
     )(x)
     assert abs(float(value)) < 1e-4 and np.abs(grad).max() < 1e-6
+
+
+def plain_top_loss(static, head, x, logp_teacher, k, target, weight):
+    """KL over the teacher's k likeliest tokens and one class for all others, by the formula, differentiated by JAX."""
+    logp = jax.nn.log_softmax(x @ head.T, -1)
+    order = jnp.argsort(-logp_teacher, -1)
+
+    def classes(a):
+        a = jnp.exp(jnp.take_along_axis(a, order, -1))
+        return jnp.concatenate([a[..., :k], jnp.sum(a[..., k:], -1, keepdims=True)], -1)[..., : min(k + 1, V)]
+
+    p, q = classes(logp_teacher), classes(logp)
+    nll = -jnp.sum(jax.nn.one_hot(target, V) * logp, -1)
+    return jnp.sum((static.kd * jnp.sum(p * jnp.log(p / q), -1) + static.ce * nll) * weight)
+
+
+@pytest.mark.parametrize("model", [1, 2], ids=["whole vocabulary", "split vocabulary"])
+@pytest.mark.parametrize("k", [1, 7, V])
+def test_top_k_distillation(k, model):
+    """Value and gradients are those of the formula; with k = V of the whole KL; with less the KL is smaller."""
+    static = HeadLoss(0.7, 0.2, 16)
+    with use_mesh(MeshConfig(data=2, model=model)):
+        head, x, teacher_head, teacher, *rest = case(seed=2)
+        target, weight = (put(a, spec("batch", "seq")) for a in rest)
+        top = jax.jit(losses.top_k, static_argnums=(2, 3))(teacher_head, teacher, k, 16)
+        assert top.logp.shape == (B, T, k) and top.rest.shape == (B, T)
+        logp_teacher = log_softmax(np.asarray(teacher, np.float64) @ teacher_head.T)
+        likeliest = np.argsort(-logp_teacher, -1)[..., :k]
+        np.testing.assert_array_equal(top.token, likeliest)
+        logp_BTK = np.take_along_axis(logp_teacher, likeliest, -1)
+        np.testing.assert_allclose(top.logp, logp_BTK, rtol=1e-5, atol=1e-5)
+        others = 1 - np.exp(logp_BTK).sum(-1)
+        np.testing.assert_allclose(np.exp(top.rest), others if k < V else 0, rtol=1e-4, atol=1e-6)
+
+        def ours(said):
+            f = jax.value_and_grad(lambda h, x: losses.head_loss(static, h, x, said, target, weight)[0], argnums=(0, 1))
+            return jax.jit(f)(head, x)
+
+        got, whole = ours(top), ours(losses.Dense(teacher, teacher_head))
+        args = (logp_teacher.astype(np.float32), k, *rest)
+        plain = jax.value_and_grad(lambda h, x: plain_top_loss(static, h, x, *args), argnums=(0, 1))(
+            head, np.asarray(x)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, plain)
+        if k == V:
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, whole)
+        else:
+            assert float(got[0]) < float(whole[0])
 
 
 @pytest.mark.parametrize("chunk", [16, 64])

@@ -44,6 +44,95 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path, value):
     assert read_metrics(tmp_path / "m.jsonl") == []
 
 
+def test_it_says_where_and_nothing_of_it_is_written(tmp_path):
+    log = Metrics(tmp_path / "m.jsonl")
+    rule = r"step 7 \(step 3 of phase experts, records 1, 5\): loss is nan; the run stops"
+    with pytest.raises(NonFiniteError, match=rule):
+        log.log(7, {"loss": float("nan")}, {"time/step": 1.0}, lambda: "step 3 of phase experts, records 1, 5")
+    log.close()
+    assert read_metrics(tmp_path / "timing.jsonl") == []
+
+
+def test_what_is_measured_lies_apart(tmp_path):
+    log = Metrics(tmp_path / "metrics.jsonl")
+    for step in range(3):
+        log.log(step, {"loss": 1.0 * step}, {"time/step": 0.5})
+    log.close()
+    log = Metrics(tmp_path / "metrics.jsonl", resume_at=2)
+    assert log.past("loss") == [0.0, 1.0] and log.past("other") == []
+    log.close()
+    assert read_metrics(tmp_path / "timing.jsonl") == [{"step": s, "time/step": 0.5} for s in (0, 1)]
+    silent = Metrics(None)
+    silent.log(0, {"loss": 1.0}, {"time/step": 1.0})
+    silent.close()
+
+
+def test_wandb_is_an_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ConfigError, match=r"readme-jax\[wandb\]"):
+        Metrics(tmp_path / "m.jsonl", wandb={"project": "p"})
+
+    class Run:
+        logged, finish = [], lambda self: self.logged.append("finished")
+
+        def log(self, values, step):
+            self.logged.append((values, step))
+
+    library = type(sys)("wandb")
+    monkeypatch.setitem(sys.modules, "wandb", library)
+    monkeypatch.setattr(library, "init", lambda project: Run.logged.append(project) or Run(), raising=False)
+    log = Metrics(tmp_path / "m.jsonl", wandb={"project": "p"})
+    log.log(4, {"loss": 0.5}, {"time/step": 2.0})
+    log.close()
+    assert Run.logged == ["p", ({"loss": 0.5, "time/step": 2.0}, 4), "finished"]
+
+
+def test_spread_of_the_load():
+    assert metrics.routing_spread(np.array([0.5, 0.5, 0, 0])) == {"load_max_over_mean": 2.0, "unused_experts": 0.5}
+    assert metrics.routing_spread(np.array([1.0])) == {"load_max_over_mean": 1.0, "unused_experts": 0.0}
+
+
+def test_pace_divides_the_time_of_a_step(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(metrics.time, "perf_counter", lambda: now[0])
+
+    def spend(seconds):
+        now[0] += seconds
+
+    def step(data, device, host, save=0.0):
+        for why, seconds in (("data", data), ("device", device), ("save", save)):
+            with pace.waiting(why):
+                spend(seconds)
+        spend(host)
+        return pace.lap("experts")
+
+    pace = metrics.Pace()
+    first = step(data=9.0, device=90.0, host=1.0)
+    assert first["time/step"] == 100 and first["time/host_share"] == pytest.approx(0.01)
+    step(data=1.0, device=7.0, host=2.0)
+    figures = step(data=0.0, device=9.0, host=1.0, save=5.0)
+    assert figures["time/step"] == 15 and figures["time/save"] == 5
+    assert figures["time/step_p50"] == 10, "the first, which compiles, is left out, and so is the time of a save"
+    assert figures["time/data_wait_share"] == pytest.approx(1 / 20)
+    assert figures["time/host_share"] == pytest.approx(3 / 20)
+    with pace.calling():
+        spend(4.0)
+    assert pace.lap("experts")["time/host_share"] == pytest.approx(7 / 24), "starting a program is the host's work"
+    pace = metrics.Pace(inline=True)
+    with pace.calling():
+        spend(4.0)
+    assert pace.lap("experts")["time/host_share"] == 0, "on CPU the program runs in the call"
+
+
+@pytest.mark.parametrize(
+    "kind, peak",
+    [("TPU v5 lite", 197e12), ("TPU v5", 459e12), ("TPU v5p", 459e12), ("TPU v4 lite", 138e12), ("cpu", None)]
+    + [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)],
+)
+def test_peaks_by_what_jax_calls_a_device(kind, peak):
+    assert metrics.peak_flops(kind) == peak
+
+
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     with pytest.raises(ConfigError, match=r"readme-jax\[tensorboard\]"):

@@ -1,19 +1,25 @@
 """The stages as programs, one after the other: results, resumption bit for bit, and every way to tune."""
 
+import contextlib
+import gc
 import json
+import os
+import signal
 
+import jax
 import numpy as np
 import pytest
 from stages import ONE, differing, weights
 
-from readme_jax import api, artifacts
+from readme_jax import api, artifacts, cli
 from readme_jax import carve as carving
-from readme_jax.alternate import AlternateConfig, LabelCache
+from readme_jax.alternate import AlternateConfig, RecordCache
+from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ArtifactError, load_yaml
-from readme_jax.data import open_records
+from readme_jax.data import Batches, open_records
 from readme_jax.infer import export, generate
 from readme_jax.losses import next_token
-from readme_jax.metrics import read_metrics
+from readme_jax.metrics import NonFiniteError, read_metrics
 from readme_jax.statistics import load_statistics
 from readme_jax.train import alternate, calibrate, carve, evaluate, import_hf, prepare
 
@@ -26,6 +32,15 @@ class Killed(Exception):
 
 def dies_at(monkeypatch, owner, name, call):
     """`owner.name` makes a function: let the made function raise Killed at its `call`-th call (from 0)."""
+
+    def die():
+        raise Killed
+
+    calls_at(monkeypatch, owner, name, call, die)
+
+
+def calls_at(monkeypatch, owner, name, call, what):
+    """`owner.name` makes a function: do `what` before the `call`-th call (from 0) of the made function."""
     make = getattr(owner, name)
 
     def made(*args, **kwargs):
@@ -33,7 +48,7 @@ def dies_at(monkeypatch, owner, name, call):
 
         def counted(*args):
             if next(count) == call:
-                raise Killed
+                what()
             return function(*args)
 
         return counted
@@ -64,7 +79,7 @@ def test_results(stages):
     assert lines[2]["experts/kl"] > 0 and lines[0]["router/loss"] > 0
     assert sorted(p.name for p in stages.tuned.iterdir()) == sorted(
         ["config.json", "config.yaml", "generation_config.json", "manifest.json", "metrics.jsonl", "model.safetensors"]
-        + ["tokenizer.json", "tokenizer_config.json"]
+        + ["timing.jsonl", "tokenizer.json", "tokenizer_config.json"]
     )
     info = artifacts.read_manifest(stages.tuned)["info"]
     assert info["tokens"] == {"router": 4 * 2 * 32, "experts": 4 * 2 * 32} and info["tokens_per_s"]["experts"] > 0
@@ -102,7 +117,7 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
     """Killed while labelling, before and after checkpoints, in a phase and while the result is written."""
     out = tmp_path / "tuned"
     with monkeypatch.context() as patch:
-        patch.setattr(LabelCache.fill, "__defaults__", (1,))
+        patch.setattr(RecordCache.fill, "__defaults__", (1,))
         dies_at(patch, alternate.steps, "make_label", 5)
         with pytest.raises(Killed):
             stages.alternate(out)
@@ -130,6 +145,75 @@ def test_killed_anywhere_ends_bit_equal(stages, tmp_path, monkeypatch, capsys):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["tuned", "tuned.alternate.yaml"]
 
 
+def test_bfloat16_and_the_likeliest_tokens_killed_anywhere_end_bit_equal(stages, tmp_path, monkeypatch):
+    """Parameters, first moment and teacher in bfloat16, the teacher from the disk: resumption, and what is written."""
+    half = {"params": "bfloat16", "mu_dtype": "bfloat16"}
+    run = {"experts__optim": {"lr": 2e-3} | half, "router__optim": {"lr": 1e-2} | half, "experts__teacher_topk": 32}
+    run |= {"dtype": "bfloat16", "experts__teacher_dtype": "bfloat16"}
+    whole, out = stages.alternate(tmp_path / "whole", **run), tmp_path / "killed"
+    with monkeypatch.context() as patch:
+        patch.setattr(RecordCache.fill, "__defaults__", (1,))
+        dies_at(patch, alternate.steps, "make_top_k", 2)
+        with pytest.raises(Killed):
+            stages.alternate(out, **run)
+    assert json.loads((tmp_path / ".killed.partial/top_k.json").read_text()) == {"records": 4}
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate.steps, "make_label", lambda *_: lambda *_: pytest.fail("labelled again"))
+        dies_at(patch, alternate.steps, "make_expert_step", 3)
+        with pytest.raises(Killed):
+            stages.alternate(out, **run)
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate.steps, "make_top_k", lambda *_: lambda *_: pytest.fail("asked again"))
+        stages.alternate(out, **run)
+    assert differing(out, whole) == set()
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
+    assert {str(a.dtype) for n, a in weights(out).items() if n != "readme.experts"} == {"bfloat16"}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert not [p.name for p in out.iterdir() if p.name.startswith(("top_k", "labels"))]
+    model = api.load(out)
+    assert np.isfinite(model.logits([[1, 2, 3]])).all() and model.route([[1, 2, 3]]).shape == (1, 3)
+    assert logged(out, "router/loss") == pytest.approx(logged(stages.tuned, "router/loss"), rel=0.05)
+    kl, part = logged(stages.tuned, "experts/kl")[2], logged(out, "experts/kl")[2]
+    assert 0.02 * kl < part < kl, "of 33 classes in place of 384"
+
+
+def test_all_tokens_from_the_disk_are_the_dense_teacher(stages, tmp_path):
+    """With K = V nothing is left out: the run of the teacher on the device, in other arithmetic."""
+    out = stages.alternate(tmp_path / "out", experts__teacher_topk=384, experts__accum=2, experts__batch=1)
+    for key in ("experts/kl", "experts/loss", "experts/grad_norm", "router/loss"):
+        assert logged(out, key) == pytest.approx(logged(stages.tuned, key), rel=1e-3), key
+
+
+@pytest.mark.parametrize(
+    "change, copies, teacher",
+    [
+        ({}, 4, True),  # parameters, two moments, the teacher
+        ({"experts__teacher_topk": 8}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "router__teacher": "current"}, 3, False),
+        ({"experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "experts__tuned": "ffn"}, 3, False),
+    ],
+)
+def test_no_teacher_on_the_device_that_nothing_asks(stages, tmp_path, monkeypatch, change, copies, teacher):
+    seen, make = [], alternate.steps.make_expert_step
+
+    def spy(*args, **kwargs):
+        step = make(*args, **kwargs)
+
+        def counted(*inputs):
+            gc.collect()
+            gates = [a for a in jax.live_arrays() if a.shape == (2, 48, 32) and not a.is_deleted()]
+            seen.append((len(gates) // 3, inputs[2] is not None))  # gate, up and down have one shape
+            return step(*inputs)
+
+        return counted
+
+    monkeypatch.setattr(alternate.steps, "make_expert_step", spy)
+    monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # what is being written is alive as well
+    stages.alternate(tmp_path / "out", rounds=1, **change)
+    assert seen == [(copies, teacher)] * 2
+
+
 def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
     """A checkpoint at every step: a start that dies takes up the last one."""
     out = tmp_path / "tuned"
@@ -144,6 +228,65 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
     with pytest.raises(ArtifactError, match="belongs to another run .*seed=0 there, 1 here"):
         stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
+
+
+def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsys):
+    """SIGTERM in the midst of a phase and while labelling: exit code 75, and the next start goes on from there."""
+    out, resumed = tmp_path / "tuned", []
+    for name, call, words in (
+        ("make_label", 2, "stopped by SIGTERM; 3 of 8 records are labelled"),
+        ("make_router_step", 0, "stopped by SIGTERM; saved at step 1 of 8"),
+        ("make_expert_step", 2, "stopped by SIGTERM; saved at step 7 of 8"),
+    ):
+        with monkeypatch.context() as patch:
+            calls_at(patch, alternate.steps, name, call, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            with pytest.raises(SystemExit) as stop:
+                cli.run(lambda _: stages.alternate(out))
+        assert stop.value.code == 75
+        printed = capsys.readouterr()
+        assert printed.err.splitlines()[-1] == words
+        resumed += [line for line in printed.out.splitlines() if "resumed" in line]
+    stages.alternate(out)
+    assert "resumed at step 7 of 8" in capsys.readouterr().out and resumed == ["resumed at step 1 of 8"]
+    assert differing(out, stages.tuned) == set()
+    assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, capsys):
+    """It names step and records, and what is saved is from before it."""
+    make = alternate.steps.make_expert_step
+
+    def poisoned(*args, **kwargs):
+        step, count = make(*args, **kwargs), iter(range(10**9))
+
+        def run(*args):
+            phase, values = step(*args)
+            return phase, values | ({"loss": values["loss"] * np.float32("nan")} if next(count) == 1 else {})
+
+        return run
+
+    monkeypatch.setattr(alternate.steps, "make_expert_step", poisoned)
+    monkeypatch.setattr(alternate.jax, "transfer_guard_host_to_device", lambda _: contextlib.nullcontext())
+    with pytest.raises(NonFiniteError) as stop:
+        stages.alternate(tmp_path / "tuned", checkpoint__steps=1)
+    config = load_yaml(AlternateConfig, stages.tuned)
+    records = open_records(stages.data, "train")
+    numbers = Batches(records, dict.fromkeys(records, 1.0), batch=2, seed=1).index(1)
+    assert config.at(3) == ("experts", 1)
+    where = f"step 1 of phase experts, records {', '.join(map(str, sorted(numbers.ravel())))}"
+    assert str(stop.value) == f"step 3 ({where}): experts/loss is nan; the run stops before this is saved"
+    assert max(int(p.name) for p in (tmp_path / ".tuned.partial/checkpoints").iterdir()) == 3
+
+
+def test_a_window_of_steps_is_traced(stages, tmp_path):
+    out = stages.alternate(tmp_path / "tuned", rounds=1, profile={"steps": 1, "start": 2})
+    assert list((out / "profile").rglob("*.xplane.pb"))
+    manifest = json.loads((out / "manifest.json").read_text())
+    identity = artifacts.parent_identity(out)
+    for name, same in (("timing.jsonl", True), ("metrics.jsonl", False)):
+        manifest["files"][name]["sha256"] = "other"
+        (out / "manifest.json").write_text(json.dumps(manifest))
+        assert (artifacts.parent_identity(out) == identity) == same, "what was measured is no part of an identity"
 
 
 def test_interrupted_calibration_goes_on(stages, tmp_path, monkeypatch):
@@ -213,13 +356,13 @@ def test_current_teacher_labels_on_the_fly(stages, tmp_path):
 
 
 def test_router_alone_on_a_pool_of_records(stages, tmp_path, monkeypatch):
-    pools, make = [], LabelCache.__init__
+    pools, make = [], RecordCache.__init__
 
-    def spy(self, folder, ids_N, *rest):
+    def spy(self, folder, name, ids_N, *rest):
         pools.append(ids_N.tolist())
-        make(self, folder, ids_N, *rest)
+        make(self, folder, name, ids_N, *rest)
 
-    monkeypatch.setattr(LabelCache, "__init__", spy)
+    monkeypatch.setattr(RecordCache, "__init__", spy)
     out = stages.alternate(tmp_path / "router", router__records=3, router__steps=3, experts__steps=0)
     # one record of each domain, all of them seen in six steps of two
     assert len(pools) == 1 and len(pools[0]) == 3

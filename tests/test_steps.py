@@ -14,7 +14,7 @@ from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
-from readme_jax.sharding import put, spec
+from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 
 E, T = 4, 24
 ROUTER = RouterConfig(width=16, heads=2)
@@ -195,6 +195,35 @@ def test_bf16_and_remat_keep_float32_masters(mesh, cfg, host):
         assert {leaf.dtype for leaf in jax.tree.leaves(phase.params)} == {np.dtype(np.float32)}
         losses.append(float(means["loss"]))
     assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
+def test_bfloat16_parameters_train_where_they_lie(cfg, host):
+    """All in bfloat16 that can be, two microbatches, four devices: types stay, one compile, the loss falls."""
+    few = {name: array[:4] if name in ("ids", "segments", "expert") else array for name, array in host.items()}
+    tx = optim.make(optim.OptimConfig(lr=1e-2, params="bfloat16", mu_dtype="bfloat16"), 1000, seed=1)
+    step, losses = steps.make_expert_step(cfg, HEAD, tx, dtype=jnp.bfloat16), []
+    with use_mesh(MeshConfig(data=2, model=2)):
+        student, teacher = (optim.cast(backbone.place(cfg, host[name]), jnp.bfloat16) for name in ("params", "teacher"))
+        phase, table = steps.start(student, tx), make_table(host["table"], cfg.mlp)
+        before, batch = types(phase), expert_batch(few, accum=2)
+        kinds = [str(leaf.dtype) for leaf in jax.tree.leaves(phase) if leaf.ndim]
+        assert kinds.count("bfloat16") == 2 * kinds.count("float32") > 0, "parameters and first moment; second moment"
+        for _ in range(10):
+            phase, means = step(phase, {}, teacher, table, batch)
+            losses.append(float(means["loss"]))
+        assert types(phase) == before and step._cache_size() == 1
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_bfloat16_teacher_says_the_same_in_bfloat16(mesh, cfg, host):
+    step = expert_step(cfg, HEAD, SGD, dtype=jnp.bfloat16, remat="full")
+    teacher, table = backbone.place(cfg, host["teacher"]), make_table(host["table"], cfg.mlp)
+    results = []
+    for kind in (jnp.float32, jnp.bfloat16):
+        phase = steps.start(backbone.place(cfg, host["params"]), SGD)
+        phase, means = step(phase, {}, optim.cast(teacher, kind), table, expert_batch(host))
+        results.append(phase.params | {"means": means})
+    assert_close(*results, tolerance=1e-6)
 
 
 @pytest.mark.parametrize("tuned", ["all", "ffn"])

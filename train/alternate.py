@@ -2,206 +2,208 @@
 
 readme-jax alternate --config configs/quickstart/alternate.yaml --model runs/carved --data runs/data --out runs/tuned
 
-In: a carved model and packed text. Out: a model folder with tuned weights and router, and metrics.jsonl. Interrupted
-at any moment, the same command goes on from the last checkpoint, bit for bit.
+In: a carved model and packed text. Out: a model folder with tuned weights and router, metrics.jsonl (what was computed)
+and timing.jsonl (what was measured). Interrupted at any moment, the same command goes on from the last checkpoint, bit
+for bit. Asked to stop (SIGTERM, Ctrl-C) it saves itself at the next step and leaves with exit code 75; when a process
+of several is lost, the others leave with 76. Started once a host, the processes find each other (see `hosts`).
 """
 
-import collections
 import contextlib
+import functools
 import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax import artifacts, cli, hf, optim, placement, steps
-from readme_jax.alternate import AlternateConfig, LabelCache, RoutedBatches, first_records, needed_records
+from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
+from readme_jax.alternate import (
+    AlternateConfig,
+    RoutedBatches,
+    ask_teacher,
+    building,
+    check,
+    first_records,
+    student_of,
+)
 from readme_jax.checkpoint import Checkpoints
-from readme_jax.config import ConfigError, require
+from readme_jax.config import Stopped, require
 from readme_jax.data import Batches, open_records
-from readme_jax.losses import HeadLoss
-from readme_jax.metrics import Metrics, Stopwatch, peak_memory_gb, progress
+from readme_jax.loop import Ahead, PhaseFigures, Profiler, Timer, Watch, place_batch
+from readme_jax.losses import HeadLoss, TopK
+from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_flops, peak_memory_gb
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
-from readme_jax.sharding import batch_devices, model_devices, put, spec, use_mesh
+from readme_jax.sharding import use_mesh
 
-MICRO = jax.P(None, *spec("batch", "seq"))
+SAVE, STOP = 1, 2
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train once; a finished folder of the same config and inputs is left as it is."""
     config: AlternateConfig = cli.parse(AlternateConfig, argv, __doc__ or "", prog="readme-jax alternate")
     parents = {"model": config.model, "data": config.data}
-    if artifacts.finished(config.out, "alternate", config, parents):
-        print(f"tuned model: {config.out} (already there)")
-        return
-    pace = config.checkpoint
-    with use_mesh(config.mesh), artifacts.building(config.out, "alternate", config, parents) as work:
-        with contextlib.closing(Checkpoints(work.path / "checkpoints", pace.keep, pace.keep_best)) as checkpoints:
-            train(config, work, checkpoints)
-    print(f"tuned model: {config.out}")
+    with distributed.joined(config.hosts):
+        if distributed.on_main(lambda: artifacts.finished(config.out, "alternate", config, parents)):
+            distributed.show(f"tuned model: {config.out} (already there)")
+            return
+        pace = config.checkpoint
+        with use_mesh(config.mesh) as mesh, building(config, parents) as work:
+            with Checkpoints(work.path / "checkpoints", pace.keep, pace.keep_best) as checkpoints:
+                train(config, work, checkpoints, mesh)
+        distributed.show(f"tuned model: {config.out}")
 
 
-def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoints) -> None:
+def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoints, mesh: jax.sharding.Mesh) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
     backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
+    experts = check(config, experts)
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
-    for name, phase in plan.items():
-        fits = phase.batch % batch_devices() == 0 or not phase.steps
-        require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
     pools = {"router": first_records(records, config.router.records), "experts": records}
     batches = {
         name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
     }
-    way, one_device = config.experts.way, batch_devices() * model_devices() == 1
-    require(one_device or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
-    # ---- model: the teacher is frozen, the student starts as a copy of it
-    if experts is None:
-        raise ConfigError(f"model={config.model} is not carved; run `readme-jax carve` first")
-    alone = experts.experts == 1
-    require(
-        not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert: there is no choice"
-    )
-    tied = experts.storage == "tied"
-    require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
-    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
-    require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
-    specs, shapes = backbone.param_specs(cfg), None
-    if way == "parallel":
+    # ---- model
+    specs, shapes, alone = backbone.param_specs(cfg), None, experts.experts == 1
+    if config.experts.way == "parallel":
         specs, shapes = parallel.separate_specs(specs), backbone.abstract_params(cfg)
         shapes = parallel.separate_layout(shapes, experts.experts)
-    teacher, table_LEC, router_params = placement.load_sharded(config.model, specs, dtype=np.float32, shapes=shapes)
+    kind = jnp.dtype(config.loaded)
+    model, table_LEC, _ = placement.load_sharded(config.model, specs, dtype=kind, shapes=shapes)
+    _, router_params = placement.load_router(config.model, dtype=np.float32)
     assert table_LEC is not None
     table = make_table(table_LEC, cfg.mlp)
     if not alone and router_params is None:
         require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
         router_cfg = config.router.shape
         embedding_VD = hf.read_top(hf.Reader(config.model), cfg)["embedding"]  # mapped: its first columns are read
-        fresh = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
-        router_params = jax.tree.map(put, fresh)
-    student, frozen = steps.split_tuned(teacher, config.experts.tuned)
-    tx = {name: optim.make(p.optim, p.steps) for name, p in plan.items()}
-    phases = {"experts": steps.start(jax.tree.map(jnp.copy, student), tx["experts"])}
+        router_params = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
+    # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
+    dtype = jnp.dtype(config.dtype)
+    label = steps.make_label(cfg, config.router.labels, dtype)
+    top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
+    teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else {}
+    said = functools.partial(label, teacher, table), functools.partial(top_k, teacher)
+    with distributed.Stop() as stop:
+        caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
+    del said
+    teacher = teacher if config.experts.teacher else {}
+    student, frozen = student_of(model, teacher, config.experts)
+    del model
+    tx = {n: optim.make(p.optim, p.steps, config.seed + i) for i, (n, p) in enumerate(plan.items())}
+    phases = {"experts": steps.start(student, tx["experts"])}
+    del student
     if router_params is not None and not alone:
-        phases["router"] = steps.start(router.place(router_params), tx["router"])
+        router_params = optim.cast(router.place(router_params), config.router.optim.params)
+        phases["router"] = steps.start(router_params, tx["router"])
     # ---- steps
     head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
-    expert_step = steps.make_expert_step(
-        cfg, head, tx["experts"], dtype=jnp.dtype(config.dtype), remat=config.experts.remat
-    )
-    label = steps.make_label(cfg, config.router.labels, jnp.dtype(config.dtype))
+    expert_step = steps.make_expert_step(cfg, head, tx["experts"], dtype=dtype, remat=config.experts.remat)
+    label_all = jax.jit(lambda params, table, *batch: jax.lax.map(lambda micro: label(params, table, *micro), batch))
     router_step = route = None
     if router_cfg is not None:
         router_step = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
         route = steps.make_route(router_cfg, cfg.rope_theta)
-    # ---- resume, then labels that do not depend on training
-    pace = config.checkpoint
-    tick = resumed = checkpoints.find(pace.resume) or 0
-    recent = collections.deque(maxlen=pace.window)  # expert losses, by which `keep_best` ranks
+    # ---- resume
+    tick = resumed = checkpoints.find(config.checkpoint.resume) or 0
     if tick:
         phases = checkpoints.restore(tick, phases)
-        print(f"resumed at step {tick} of {config.total}")
-    metrics = Metrics(work.path / "metrics.jsonl", tick, work.path / "tensorboard" if config.tensorboard else None)
-    cache = None
-    if config.router.steps and config.router.teacher == "original":
-        ids_N = needed_records(batches["router"], config.rounds * config.router.steps)
-        cache = LabelCache(work.path, ids_N, batches["router"].seq, experts.experts)
-        size = config.router.label_batch
-        require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
-        with progress(len(ids_N) * batches["router"].seq, "label", initial=cache.done * batches["router"].seq) as bar:
+        distributed.show(f"resumed at step {tick} of {config.total}")
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(distributed.Stop())
 
-            def labels_of(index_B: np.ndarray) -> np.ndarray:
-                rows = batches["router"].take(index_B)
-                bar.update(rows["ids"].size)
-                ids, segments = (put(rows[key], spec("batch", "seq")) for key in ("ids", "segments"))
-                return np.asarray(label(teacher, table, ids, segments))
+        # ---- what is seen of it
+        def figures(name: str) -> PhaseFigures:
+            phase, own, total = plan[name], batches[name], plan[name].steps * config.rounds
+            rates = np.asarray(optim.schedule(phase.optim, max(phase.steps, 1))(np.arange(total)))
+            used = table.mask_LEU.shape[-1]
+            cost = flops.train_flops_per_token(cfg, experts, phase, own.seq, router=router_cfg, used=used)
+            return PhaseFigures(phase.steps, phase.batch * phase.accum * own.seq, cost, rates, own.index)
 
-            cache.fill(size, labels_of)
-    # ---- loop
-    start, last_save, pending = Stopwatch(), Stopwatch(), None
-    tokens = {name: p.batch * p.accum * batches[name].seq for name, p in plan.items()}
-    bars = {}
+        device, main, seen = mesh.devices.flat[0], distributed.is_main(), {name: figures(name) for name in plan}
+        metrics = Metrics(
+            work.path / "metrics.jsonl" if main else None,
+            tick,
+            work.path / "tensorboard" if config.tensorboard else None,
+            {"project": config.wandb, "name": config.out.name, "dir": str(work.path)} if config.wandb else None,
+        )
+        peak, pace = peak_flops(device.device_kind), Pace(inline=device.platform == "cpu")
+        watch = Watch(
+            metrics, pace, seen, config.at, config.rounds,
+            peak=peak and peak * mesh.size, window=config.checkpoint.window, silent=not main,
+        )  # fmt: skip
+        stack.callback(watch.close)
+        profiler = stack.enter_context(contextlib.closing(Profiler(config.profile, work.path / "profile")))
 
-    def place(batch: dict) -> dict:
-        return {key: put(batch[key], MICRO) for key in ("ids", "segments")}
+        # ---- loop
+        def batch_of(tick: int) -> dict[str, jax.Array]:
+            name, number = config.at(tick)
+            batch = place_batch(batches[name], number, caches.get({"router": "labels", "experts": "top_k"}[name]))
+            if name == "experts" and "top_k" in caches:
+                batch["teacher"] = TopK(*(batch.pop(field) for field in ("logp", "token", "rest")))
+            return batch
 
-    routed = RoutedBatches(lambda number: place(batches["experts"][number]), route, experts.experts, way)
-    spent = {"router": 0.0, "experts": 0.0}
-    while tick < config.total:
-        name, number = config.at(tick)
-        began = start.seconds
-        if name not in bars:
-            whole, taken = (n * tokens[name] for n in (plan[name].steps * config.rounds, number))
-            bars[name] = progress(whole, name, initial=taken)
-        if name == "router":
-            assert router_step is not None
-            batch = batches[name][number]
-            placed = place(batch)
-            if cache is not None:
-                target = cache[batch["index"]]
+        ahead = stack.enter_context(contextlib.closing(Ahead(batch_of, config.total, pace)))
+        routed = RoutedBatches(ahead, route, experts.experts, config.experts.way, pace)
+        clock, timer, agreement = Stopwatch(), Timer(config.checkpoint.minutes), distributed.Agreement()
+        stack.enter_context(jax.transfer_guard_host_to_device("disallow"))
+        while tick < config.total:
+            profiler.step()
+            if config.at(tick)[0] == "router":
+                assert router_step is not None
+                batch = ahead(tick)
+                with pace.calling():
+                    if "labels" not in caches:
+                        current = steps.join(phases["experts"].params, frozen)
+                        batch["target"] = label_all(current, table, batch["ids"], batch["segments"])
+                    phases["router"], values = router_step(phases["router"], batch)
             else:
-                current = steps.join(phases["experts"].params, frozen)
-                pairs = zip(placed["ids"], placed["segments"])
-                target = np.stack([np.asarray(label(current, table, *pair)) for pair in pairs])
-            placed["target"] = put(target, jax.P(*MICRO, None))
-            phases["router"], values = router_step(phases["router"], placed)
-        else:
-            chooser = phases["router"].params if route is not None else None
-            placed = routed.take(number, chooser, last=config.ends_phase(tick))
-            kd = teacher if config.experts.kd_weight else None
-            phases["experts"], values = expert_step(phases["experts"], frozen, kd, table, placed)
-        # the step before is logged while this one runs: the loop never waits for the device
-        _log(metrics, bars, recent, pending)
-        pending = (tick, name, values)
-        tick += 1
-        due = config.ends_phase(tick - 1) or (pace.steps and tick % pace.steps == 0)
-        if due or (pace.minutes and last_save.seconds > 60 * pace.minutes):
-            _log(metrics, bars, recent, pending)
-            pending = None
-            checkpoints.save(tick, phases, float(np.mean(recent)) if recent else None)
-            last_save = Stopwatch()
-        bars[name].update(tokens[name])
-        spent[name] += start.seconds - began
-    for bar in bars.values():
-        bar.close()
-    metrics.close()
+                chooser = phases["router"].params if route is not None else None
+                batch, load_E = routed.take(tick, chooser, last=config.ends_phase(tick))
+                with pace.calling():
+                    phases["experts"], values = expert_step(phases["experts"], frozen, teacher or None, table, batch)
+                values["load"] = load_E
+            watch.step(tick, values)  # logs the step before while this one runs: the loop never waits for the device
+            ends, tick = config.ends_phase(tick), tick + 1
+            wish = agreement.step(STOP if stop.asked else SAVE if timer.due() else 0)
+            if wish or ends or (config.checkpoint.steps and tick % config.checkpoint.steps == 0):
+                watch.flush()
+                with pace.waiting("save"):
+                    checkpoints.save(tick, phases, watch.score())
+                timer.restart()
+            if wish == STOP:
+                checkpoints.wait()
+                raise Stopped(f"stopped by {stop.asked or 'another process'}; saved at step {tick} of {config.total}")
     # ---- result
+    work.scratch += [name for cache in caches.values() for name in cache.files]
     write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
-    ran = {name: plan[name].steps * config.rounds * tokens[name] for name in plan}
+    ran = {name: plan[name].steps * config.rounds * seen[name].tokens for name in plan}
+    spent = watch.seconds
     work.info |= {
         "tokens": ran,
-        "seconds": start.seconds,
+        "seconds": clock.seconds,
         "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
         "peak_memory_gb": peak_memory_gb(),
     }
 
 
-def _log(metrics: Metrics, bars, recent: collections.deque, pending) -> None:
-    if pending is None:
-        return
-    tick, name, values = pending
-    values = {f"{name}/{key}": float(value) for key, value in values.items()}
-    metrics.log(tick, values)
-    if name == "experts":
-        recent.append(values["experts/loss"])
-    bars[name].set_postfix_str(f"loss {values[f'{name}/loss']:.3f}", refresh=False)
-
-
 def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_LEC, router_cfg, phases) -> None:
     """The tuned model folder in place of the training state."""
     cfg, _, _ = hf.read_config(config.model)
-    base = json.loads((config.model / "config.json").read_text())
     router_params = phases["router"].params if router_cfg is not None else None
     placement.save_sharded(work.path, cfg, params, experts=table_LEC, router=router_params)
-    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype="float32")
+    if not distributed.is_main():
+        return
+    base = json.loads((config.model / "config.json").read_text())
+    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype=config.experts.optim.params)
     artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
     hf.copy_side_files(config.model, work.path)
-    work.scratch += ["checkpoints", "labels.npy", "labels.json"]
+    work.scratch.append("checkpoints")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def place(params: Params) -> Params:
 
 
 def _whole(w: jax.Array) -> jax.Array:
-    return gather(w, jax.P(*(None,) * w.ndim), w.dtype)
+    return gather(w, jax.P(*(None,) * w.ndim), jnp.float32)
 
 
 def _run(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax.Array, theta: float, attend, carry):
@@ -125,7 +125,7 @@ def _run(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax
         return (x_BTR + project(jax.nn.silu(project(y_BTR, "in")), "out"), carry), None
 
     with jax.named_scope("router"):
-        x_BTR = embed(params["embedding"], ids_BT, params["embedding"].dtype)
+        x_BTR = embed(params["embedding"], ids_BT, jnp.float32)
         (x_BTR, carry), _ = jax.lax.scan(body, (x_BTR, carry), (jnp.arange(cfg.layers), params["layers"]))
         x_BTR = rms_norm(x_BTR, params["norm"], cfg.norm_eps)
         return linear(x_BTR, _whole(params["head"]), params["b_head"]).astype(jnp.float32), carry

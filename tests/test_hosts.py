@@ -1,0 +1,142 @@
+"""Several processes train together: killed, asked to stop, one of them lost; and on another number of processes."""
+
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from processes import ended, start, weights
+
+from readme_jax.metrics import read_metrics
+
+RUN = {
+    "rounds": 2,
+    "router__steps": 2,
+    "router__batch": 4,
+    "router__label_batch": 4,
+    "experts__steps": 6,
+    "experts__batch": 4,
+    "checkpoint__steps": 2,
+    "mesh": {"data": 4, "model": 2},
+}
+
+
+def until(path, running):
+    """Wait for a file that one of the processes makes."""
+    while not path.exists():
+        assert all(process.poll() is None for process in running), "ended before it was killed"
+        time.sleep(0.02)
+
+
+def said(logs, process):
+    """What a process printed, without what gloo says of its connections."""
+    lines = open(f"{logs}.{process}").read().replace("\r", "\n").splitlines()
+    return [line for line in lines if line and "[Gloo]" not in line and "peer ranks" not in line]
+
+
+def errors(logs, process):
+    return [line for line in said(logs, process) if line.startswith("error: ")]
+
+
+@pytest.fixture(scope="module")
+def runs(stages, tmp_path_factory):
+    """A run of 2 processes x 4 devices to its end, and the same run killed: first one of them, then both."""
+    root = tmp_path_factory.mktemp("hosts")
+    cache = str(root / "compiled")
+
+    def go(out, logs):
+        config = stages.yaml("alternate", root / out, **RUN)
+        return start("alternate", "--config", config, processes=2, devices=4, logs=root / logs, cache=cache)
+
+    assert ended(go("whole", "whole.log")) == [0, 0], said(root / "whole.log", 0)
+    partial = root / ".killed.partial"
+    running = go("killed", "one.log")
+    until(partial / "checkpoints/4/whole.json", running)
+    running[1].kill()
+    began = time.monotonic()
+    assert ended(running) == [76, -signal.SIGKILL]
+    seconds = time.monotonic() - began
+    shutil.copytree(partial, root / "snapshot")
+    running = go("killed", "both.log")
+    until(partial / "checkpoints/8/whole.json", running)
+    for process in running:
+        process.kill()
+    assert ended(running) == [-signal.SIGKILL] * 2
+    assert ended(go("killed", "last.log")) == [0, 0], said(root / "last.log", 0)
+    return root, seconds
+
+
+def test_killed_one_then_both_ends_bit_equal(runs):
+    root, seconds = runs
+    assert seconds < 10
+    (line,) = errors(root / "one.log", 0)
+    assert line.startswith("error: process 1 is gone (its connection closed); process 0 ends too.")
+    resumed = [int(said(root / log, 0)[0].split()[3]) for log in ("both.log", "last.log")]
+    assert 4 <= resumed[0] < resumed[1] and resumed[1] >= 8
+    a, b = weights(root / "whole"), weights(root / "killed")
+    assert a.keys() == b.keys() and [n for n in a if not np.array_equal(a[n], b[n])] == []
+    assert (root / "whole/metrics.jsonl").read_text() == (root / "killed/metrics.jsonl").read_text()
+    assert [line["step"] for line in read_metrics(root / "killed/timing.jsonl")] == list(range(16))
+    for process in (0, 1):
+        assert not errors(root / "last.log", process)
+    assert said(root / "last.log", 1) == [], "one process speaks"
+
+
+@pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 1}], ids=["eight devices", "one device"])
+def test_goes_on_in_one_process(runs, stages, tmp_path, mesh, capsys):
+    """A checkpoint of two processes, on eight devices of one and on one device: what rounding leaves apart."""
+    root, _ = runs
+    shutil.copytree(root / "snapshot", tmp_path / ".out.partial")
+    stages.alternate(tmp_path / "out", **(RUN | {"mesh": mesh}))
+    assert "resumed at step" in capsys.readouterr().out
+    a, b = weights(root / "whole"), weights(tmp_path / "out")
+    first = weights(stages.carved)
+    for name in a:
+        moved = np.abs(a[name] - first[name]).max() if name in first else 1.0
+        apart = np.abs(a[name] - b[name]).max()
+        assert apart <= max(2e-2 * moved, 1e-6), (name, apart, moved)
+    lines = [read_metrics(folder / "metrics.jsonl") for folder in (root / "whole", tmp_path / "out")]
+    for whole, other in zip(*lines, strict=True):
+        for key, value in whole.items():
+            if key.endswith("loss"):
+                assert other[key] == pytest.approx(value, rel=1e-3), (whole["step"], key)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_leaves_with_its_code(runs, stages, tmp_path):
+    """To one of two; the other learns of it. Then the run goes on to the same end."""
+    root, _ = runs
+    config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"checkpoint__steps": 0}))
+    command = ("alternate", "--config", config)
+    options = {"processes": 2, "devices": 4, "logs": tmp_path / "log", "cache": str(root / "compiled")}
+    running = start(*command, **options)
+    until(tmp_path / ".out.partial/checkpoints/2/whole.json", running)
+    running[1].send_signal(signal.SIGTERM)
+    assert ended(running) == [75, 75]
+    assert said(tmp_path / "log", 0)[-1].startswith("stopped by another process; saved at step ")
+    saved = int(said(tmp_path / "log", 1)[-1].split()[6])
+    assert said(tmp_path / "log", 1)[-1] == f"stopped by SIGTERM; saved at step {saved} of 16"
+    assert max(int(p.name) for p in (tmp_path / ".out.partial/checkpoints").iterdir()) == saved
+    assert ended(start(*command, **options)) == [0, 0]
+    a, b = weights(root / "whole"), weights(tmp_path / "out")
+    assert [n for n in a if not np.array_equal(a[n], b[n])] == []
+
+
+def test_bad_input_is_one_line_of_each(stages, tmp_path):
+    """What every process finds wrong, each says once and all leave with 2."""
+    config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"experts__batch": 6}))
+    running = start("alternate", "--config", config, processes=2, devices=4, logs=tmp_path / "log")
+    assert ended(running) == [2, 2]
+    rule = "experts.batch=6 must be a multiple of the mesh's 4 batch devices"
+    assert errors(tmp_path / "log", 0) == [f"error: {rule}"]
+    assert errors(tmp_path / "log", 1) == [f"error: process 1: {rule}"]
+    assert not list(tmp_path.glob(".out*")), "nothing is left of it"
+
+
+def test_a_process_that_never_comes(stages, tmp_path):
+    config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"hosts__start_timeout": 3}))
+    running = start("alternate", "--config", config, devices=4, logs=tmp_path / "log", JAX_COORDINATOR_ADDRESS="127.0.0.1:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1")  # fmt: skip  # noqa: E501
+    assert ended(running) == [76]
+    (line,) = errors(tmp_path / "log", 0)
+    assert "process 1 of 2: not all processes came at 127.0.0.1:1 within 3 s" in line

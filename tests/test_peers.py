@@ -1,0 +1,150 @@
+"""The line between processes, its ends in threads; how processes find each other; what a signal does."""
+
+import os
+import queue
+import signal
+import threading
+
+import pytest
+from checkpoints import raises
+
+from readme_jax import distributed, peers
+from readme_jax.config import ConfigError, DataError, PeerError
+from readme_jax.distributed import Agreement, HostsConfig, Stop, arguments
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """Open lines of processes 0, 1 and 2, and a queue of (thread's process, line said or exit code)."""
+    seen = queue.SimpleQueue()
+    server, card = peers.listen()
+    found = {}
+    threads = [
+        threading.Thread(target=lambda p=p: found.update({p: peers.connect(card, p, 10, ("127.0.0.1",))}))
+        for p in (1, 2)
+    ]
+    for thread in threads:
+        thread.start()
+    found[0] = peers.accept(server, card, 3, 10)
+    for thread in threads:
+        thread.join()
+    monkeypatch.setattr(peers, "say", seen.put)
+    monkeypatch.setattr(peers.os, "_exit", seen.put)
+    yield found, seen
+    for line in found.values():
+        line.close()
+        for link in line._links.values():
+            link.close()
+
+
+def test_values_and_errors_travel(three):
+    line, _ = three
+    line[1].tell(["value", {"a": [1, 2]}])
+    line[2].tell(["value", None])
+    assert line[0].hear(1) == {"a": [1, 2]} and line[0].hear(2) is None
+    line[0].tell(["error", "DataError", "text: empty"])
+    for other in (1, 2):
+        with raises(DataError, "text: empty"):
+            line[other].hear(0)
+
+
+def test_who_is_gone_is_named_once_by_each(three):
+    """Process 2 dies: 0 sees it, tells 1, and does not report 1, which then ends as told."""
+    line, seen = three
+    line[2]._links[0].shutdown(2)
+    said = [seen.get(timeout=10) for _ in range(6)]
+    lines = [text for text in said if isinstance(text, str)]
+    assert sorted(lines) == [
+        f"error: process 0 is gone (its connection closed); process 2 ends too. {PeerError.advice}",
+        f"error: process 2 is gone (its connection closed); process 0 ends too. {PeerError.advice}",
+        f"error: process 2 is gone (its connection closed); process 1 ends too. {PeerError.advice}",
+    ]
+    assert [code for code in said if not isinstance(code, str)] == [76] * 3
+    line[1]._links[0].shutdown(2)  # as told
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=0.3)
+
+
+def test_a_failure_is_reported_with_its_words(three, monkeypatch):
+    monkeypatch.setattr(peers, "GRACE", 0.1)
+    line, seen = three
+    line[1].tell(["failed", 1, "disk full"])
+    said = [seen.get(timeout=10) for _ in range(4)]
+    lines = sorted(text for text in said if isinstance(text, str))
+    assert [text.split(". ")[0] for text in lines] == [
+        "error: process 1 failed (disk full); process 0 ends too",
+        "error: process 1 failed (disk full); process 2 ends too",
+    ]
+
+
+def test_leaving_is_no_failure(three):
+    line, seen = three
+    for own in line.values():
+        own.close()
+    for own in line.values():
+        for link in own._links.values():
+            link.shutdown(2)
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=0.3)
+
+
+def test_nobody_answers():
+    server, card = peers.listen()
+    with raises(PeerError, "process 1 did not connect within 0 s"):
+        peers.accept(server, card, 2, 0.05)
+    with raises(PeerError, "process 1 cannot reach process 0", str(card["port"])):
+        peers.connect(card | {"hosts": ["127.0.0.1"]}, 1, 1)
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        ({"coordinator": "host"}, "hosts.coordinator='host' must be host:port"),
+        ({"processes": -1}, "hosts.processes=-1 must not be negative"),
+        ({"processes": 2, "process": 2}, "hosts.process=2 must be below hosts.processes=2"),
+        ({"process": -2}, "hosts.process=-2 must be 0 or more, or -1"),
+        ({"start_timeout": 0}, "hosts.start_timeout=0 must be at least 1"),
+        ({"timeout": 1}, "hosts.timeout=1 must be at least 5"),
+    ],
+)
+def test_fields_that_cannot_be(fields, words):
+    with raises(ConfigError, words):
+        HostsConfig(**fields)
+
+
+def test_how_processes_are_found():
+    jax_vars = {"JAX_COORDINATOR_ADDRESS": "a:1", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": "3"}
+    full = {"coordinator_address": "a:1", "num_processes": 4, "process_id": 3}
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "1", "SLURM_STEP_NODELIST": "n[1-2]"}
+    on_cpu = {"JAX_PLATFORMS": "cpu"}
+    assert arguments(HostsConfig(), on_cpu) is None, "one process"
+    assert arguments(HostsConfig(), on_cpu | jax_vars) == full
+    assert arguments(HostsConfig(coordinator="b:2", process=0), on_cpu | jax_vars) == full | {
+        "coordinator_address": "b:2", "process_id": 0,
+    }  # fmt: skip
+    assert arguments(HostsConfig(processes=1), on_cpu | jax_vars | slurm) is None, "one, whatever is around it"
+    assert arguments(HostsConfig(), on_cpu | slurm) == {}, "JAX asks SLURM"
+    assert arguments(HostsConfig(), on_cpu | slurm | {"SLURM_NTASKS": "1"}) is None
+    with raises(ConfigError, "hosts.coordinator, hosts.process: needed too"):
+        arguments(HostsConfig(processes=2), on_cpu)
+    with raises(ConfigError, "JAX_NUM_PROCESSES='two' must be a whole number"):
+        arguments(HostsConfig(), on_cpu | {"JAX_NUM_PROCESSES": "two"})
+
+
+def test_one_process_agrees_with_itself(mesh):
+    assert distributed.rank() == 0 and distributed.is_main()
+    assert distributed.everyone(3) == [3] and distributed.on_main(lambda: 4) == 4
+    agreement = Agreement()
+    assert [agreement.step(wish) for wish in (0, 2, 1)] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_asks_once(number, capfd):
+    before = signal.getsignal(number)
+    with Stop() as stop:
+        assert stop.asked == ""
+        os.kill(os.getpid(), number)
+        assert stop.asked == number.name
+        assert signal.getsignal(number) == before, "a second one does what it always did"
+    assert signal.getsignal(number) == before
+    assert f"{number.name}: the run saves itself at the next step" in capfd.readouterr().err
