@@ -26,7 +26,7 @@ import stream_memory
 import torch
 import torch_reference as reference
 
-from readme_jax import calibrate, carve, hf, losses, optim, sources, steps
+from readme_jax import calibrate, carve, hf, labels, losses, optim, sources, steps
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.corpus import DomainConfig, documents
 from readme_jax.data import load_tokenizer, pack
@@ -35,7 +35,7 @@ from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 
 SEQ, ROUTER_BATCH, RECORDS = 512, 4, 2  # tokens of a record, records of a router step, records a domain
 LR, CE, CHUNK = 1e-4, 0.1, 128
-LABELS = {"overlap": losses.PAPER_LABELS, "energy": losses.LabelConfig()}
+LABELS = {"overlap": labels.PAPER_LABELS, "energy": labels.LabelConfig()}
 TOLERANCE = 2e-3  # relative: float32 on both sides, sums in another order through 30 layers
 
 

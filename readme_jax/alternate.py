@@ -17,8 +17,9 @@ from readme_jax.checkpoint import CheckpointConfig
 from readme_jax.config import ExpertConfig, RouterConfig, Stopped, free, require
 from readme_jax.data import Batches, Records
 from readme_jax.distributed import HostsConfig
+from readme_jax.labels import LabelConfig
 from readme_jax.loop import ProfileConfig, whole
-from readme_jax.losses import LabelConfig, TopK
+from readme_jax.losses import TopK
 from readme_jax.metrics import Pace, progress
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.optim import OptimConfig, cast

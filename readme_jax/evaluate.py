@@ -11,7 +11,7 @@ import numpy as np
 
 from readme_jax import losses
 from readme_jax.config import ModelConfig, free, require
-from readme_jax.losses import LabelConfig
+from readme_jax.labels import LabelConfig, combine_layers, label_tap
 from readme_jax.models import backbone
 from readme_jax.models.experts import Masked
 from readme_jax.sharding import MeshConfig
@@ -66,11 +66,11 @@ def make_losses(cfg: ModelConfig, labels: LabelConfig | None = None, *, chunk: i
     @jax.jit
     def evaluate(params, table, ids_BT, segments_BT, route):
         target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
-        tap = losses.label_tap(labels) if labels is not None and route is None else None
+        tap = label_tap(labels) if labels is not None and route is None else None
         x_BTD, seen = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, route=route, tap=tap, dtype=dtype)
         label_BT = None
         if tap is not None and labels is not None:
-            label_BT = jnp.argmax(losses.combine_layers(seen, labels), -1).astype(jnp.int32)
+            label_BT = jnp.argmax(combine_layers(seen, labels), -1).astype(jnp.int32)
         loss_B, weight_B = losses.token_loss(backbone.head_weight(params), x_BTD, target_BT, weight_BT, chunk)
         return loss_B, weight_B, label_BT
 

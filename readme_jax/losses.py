@@ -1,17 +1,11 @@
-"""Losses: next token and distillation through a fused head, and the router's labels (METHOD section 3).
-
-All router label kinds reduce to one target distribution per token: the reference's loss is linear in it, and the
-mean over layers of the losses is the loss of the mean target (up to the reference's sum in place of the mean).
-"""
+"""Losses: next token and distillation through a fused head, and the router's against its labels."""
 
 import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from readme_jax.config import require
 from readme_jax.models.layers import ACTIVATION
 from readme_jax.sharding import (
     BATCH,
@@ -23,113 +17,6 @@ from readme_jax.sharding import (
     spec,
     stored,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LabelConfig:
-    """Router labels from a dense run."""
-
-    kind: Literal["overlap", "energy"] = "energy"
-    """`overlap`: channels among the token's most active that an expert owns (reference). `energy`: share of the FFN
-    output's energy that an expert keeps."""
-    signed: bool = False
-    """Rank h instead of |h| in `overlap` (the reference's oversight, for parity); needs kind=overlap."""
-    hard_weight: float = 0.0
-    """Weight of the arg-max label (reference: 0.75)."""
-    soft_weight: float = 1.0
-    """Weight of the softmax label (reference: 0.25)."""
-    label_smoothing: float = 0.0
-    """Smoothing of the arg-max label (reference: 0.5)."""
-    temperature: float = 0.02
-    """Divides the score before the softmax (reference: 0.1)."""
-
-    def __post_init__(self):
-        require(self.kind == "overlap" or not self.signed, "signed=true has no meaning for kind=energy")
-        require(self.temperature > 0, f"temperature={self.temperature} must be positive")
-        require(0 <= self.label_smoothing < 1, f"label_smoothing={self.label_smoothing} must be in [0, 1)")
-        require(
-            min(self.hard_weight, self.soft_weight) >= 0 and self.hard_weight + self.soft_weight > 0,
-            f"hard_weight={self.hard_weight} and soft_weight={self.soft_weight} must be >= 0 and not both 0",
-        )
-
-
-PAPER_LABELS = LabelConfig(
-    kind="overlap", signed=True, hard_weight=0.75, soft_weight=0.25, label_smoothing=0.5, temperature=0.1
-)
-
-
-def kth_largest(x: jax.Array, rank: int) -> jax.Array:
-    """The value at zero-based descending `rank` along the last axis, keepdims; exact, float32.
-
-    Bisection on the order-preserving integer image of the floats: 32 passes of compare and count instead of a sort,
-    which XLA runs 10x slower on CPU.
-    """
-    bits = jax.lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32)
-    key = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
-
-    def narrow(i, found):
-        trial = found | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-        enough = jnp.sum(key >= trial, -1, keepdims=True, dtype=jnp.int32) > rank
-        return jnp.where(enough, trial, found)
-
-    zero = jnp.sum(key, -1, keepdims=True) & jnp.uint32(0)  # placed like the counts, whatever the mesh
-    found = jax.lax.fori_loop(0, 32, narrow, zero)
-    bits = jnp.where(found >> 31 == 1, found ^ jnp.uint32(1 << 31), ~found)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def overlap_score(h_BTF: jax.Array, exclusive_EF: jax.Array, signed: bool) -> jax.Array:
-    """The reference's `overlap` score of a layer, float32 [B, T, E], before its factor 10.
-
-    exclusive_EF: bool masks without the channels common to all experts. With n channels in expert 0's mask and s the
-    activations in descending order: f = sum over m in {n-1, 4n/5, 3n/5, 2n/5, n/5} of [h > s_m] / 3n, score = f M^T.
-    Subtracting the batch mean, as the reference does, changes neither softmax nor argmax.
-    """
-    ranked = h_BTF.astype(jnp.float32) if signed else jnp.abs(h_BTF.astype(jnp.float32))
-    n = jnp.sum(exclusive_EF[0], dtype=jnp.int32)
-    # n differs by layer inside the scan, so the rank is traced.
-    ranks = [n - 1] + [(k * n) // 5 for k in (4, 3, 2, 1)]
-    marks_BTF = sum((ranked > kth_largest(ranked, jnp.maximum(m, 0))).astype(jnp.float32) for m in ranks)
-    score_BTE = jnp.einsum("btf,ef->bte", marks_BTF, exclusive_EF.astype(jnp.float32), out_sharding=ACTIVATION)
-    return score_BTE / (3.0 * jnp.maximum(n, 1))
-
-
-def energy_score(h_BTF: jax.Array, w_down_FD: jax.Array, mask_EF: jax.Array) -> jax.Array:
-    """Share of sum_j h_j^2 ||w_j||^2 that each expert keeps, float32 [B, T, E]; w_j is column j of down_proj."""
-    norm_F = jnp.sum(jnp.square(w_down_FD.astype(jnp.float32)), -1)
-    energy_BTF = jnp.square(h_BTF.astype(jnp.float32)) * norm_F
-    kept_BTE = jnp.einsum("btf,ef->bte", energy_BTF, mask_EF.astype(jnp.float32), out_sharding=ACTIVATION)
-    return kept_BTE / jnp.maximum(jnp.sum(energy_BTF, -1, keepdims=True), 1e-30)
-
-
-def target(score_BTE: jax.Array, config: LabelConfig) -> jax.Array:
-    """Target distribution [B, T, E] of a score: hard_weight * smoothed one-hot + soft_weight * softmax(score / T)."""
-    experts = score_BTE.shape[-1]
-    hard_BTE = jax.nn.one_hot(jnp.argmax(score_BTE, -1), experts) * (1 - config.label_smoothing)
-    hard_BTE += config.label_smoothing / experts
-    return config.hard_weight * hard_BTE + config.soft_weight * jax.nn.softmax(score_BTE / config.temperature, -1)
-
-
-def label_tap(config: LabelConfig):
-    """What `backbone.forward(tap=...)` needs to label tokens in a dense run with the expert table given."""
-
-    def tap(h_BTF, layer, table):
-        mask_EF = jnp.pad(table.mask_LEU, ((0, 0), (0, h_BTF.shape[-1] - table.mask_LEU.shape[-1])))
-        if config.kind == "energy":
-            return energy_score(h_BTF, layer.w_down[...], mask_EF)
-        exclusive_EF = mask_EF & ~jnp.all(mask_EF, axis=0, keepdims=True)
-        return target(overlap_score(h_BTF, exclusive_EF, config.signed), config)
-
-    return tap
-
-
-def combine_layers(seen_LBTE: jax.Array, config: LabelConfig) -> jax.Array:
-    """Target distribution [B, T, E] from what `label_tap` gave per layer.
-
-    `overlap`: the mean of the layers' targets. `energy`: the target of the mean share.
-    """
-    mean_BTE = jnp.mean(seen_LBTE, axis=0)
-    return target(mean_BTE, config) if config.kind == "energy" else mean_BTE
 
 
 def router_loss(logits_BTE: jax.Array, target_BTE: jax.Array, weight_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -263,23 +150,37 @@ def _over_mesh(static, gradient, head_VD, x_BTD, teacher, target_BT, weight_BT):
 
 
 def _chunks(a_BT: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...], zero-padded."""
+    """[B, T, ...] -> [T / chunk, M, ...] with M = B * chunk, zero-padded.
+
+    Tokens in one axis, because XLA's CPU backend takes 18 times as long for a sum over V of [1, T, V].
+    """
     b, t = a_BT.shape[:2]
     chunk = min(chunk, t)
     a_BT = jnp.pad(a_BT, ((0, 0), (0, -t % chunk)) + ((0, 0),) * (a_BT.ndim - 2))
-    return jnp.moveaxis(a_BT.reshape(b, -1, chunk, *a_BT.shape[2:]), 1, 0)
+    parts = jnp.moveaxis(a_BT.reshape(b, -1, chunk, *a_BT.shape[2:]), 1, 0)
+    return parts.reshape(len(parts), -1, *a_BT.shape[2:])
 
 
-def _logits(x_BTD: jax.Array, head_VD: jax.Array) -> jax.Array:
-    return jnp.einsum("btd,vd->btv", x_BTD, head_VD, preferred_element_type=jnp.float32)
+def _whole(a_NM: jax.Array, b: int, t: int) -> jax.Array:
+    """The inverse of `_chunks`: [T / chunk, M, ...] -> [B, T, ...]."""
+    a_NBT = a_NM.reshape(len(a_NM), b, -1, *a_NM.shape[2:])
+    return jnp.moveaxis(a_NBT, 0, 1).reshape(b, -1, *a_NM.shape[2:])[:, :t]
 
 
-def _log_softmax(logits_BTV: jax.Array, split: str | None) -> jax.Array:
-    """Over a vocabulary of which this device has a part, the mesh axis `split` the whole."""
-    top_BT1 = jnp.max(logits_BTV, -1, keepdims=True)
-    top_BT1 = jax.lax.pmax(top_BT1, split) if split else top_BT1
-    shifted_BTV = logits_BTV - top_BT1
-    return shifted_BTV - jnp.log(_sum_over(jnp.sum(jnp.exp(shifted_BTV), -1, keepdims=True), split))
+def _logits(x_MD: jax.Array, head_VD: jax.Array) -> jax.Array:
+    return jnp.einsum("md,vd->mv", x_MD, head_VD, preferred_element_type=jnp.float32)
+
+
+def _log_softmax(logits_MV: jax.Array, split: str | None) -> jax.Array:
+    """Over a vocabulary of which this device has a part, the mesh axis `split` the whole.
+
+    Any shift near the largest logit serves. It is taken of bfloat16 images: of the logits themselves, XLA's CPU backend
+    would fuse it into their matmul, which then takes four times as long.
+    """
+    top_M1 = jnp.max(logits_MV.astype(jnp.bfloat16), -1, keepdims=True).astype(jnp.float32)
+    top_M1 = jax.lax.pmax(top_M1, split) if split else top_M1
+    shifted_MV = logits_MV - top_M1
+    return shifted_MV - jnp.log(_sum_over(jnp.sum(jnp.exp(shifted_MV), -1, keepdims=True), split))
 
 
 def _sum_over(part: jax.Array, axes: str | tuple[str, ...] | None) -> jax.Array:
@@ -294,41 +195,39 @@ def _own_ids(ids: jax.Array, width: int, split: str | None) -> jax.Array:
     return jnp.where((ids >= 0) & (ids < width), ids, width)
 
 
-def _pick(values_BTV: jax.Array, own_BT: jax.Array, split: str | None) -> jax.Array:
-    """The value of one vocabulary entry a token, [B, T]."""
+def _pick(values_MV: jax.Array, own_M: jax.Array, split: str | None) -> jax.Array:
+    """The value of one vocabulary entry a token, [M]."""
     if not split:
-        return jnp.take_along_axis(values_BTV, own_BT[..., None], -1)[..., 0]
-    width = values_BTV.shape[-1]
-    part_BT = jnp.take_along_axis(values_BTV, jnp.minimum(own_BT, width - 1)[..., None], -1)[..., 0]
-    return _sum_over(jnp.where(own_BT < width, part_BT, 0), split)
+        return jnp.take_along_axis(values_MV, own_M[:, None], -1)[:, 0]
+    width = values_MV.shape[-1]
+    part_M = jnp.take_along_axis(values_MV, jnp.minimum(own_M, width - 1)[:, None], -1)[:, 0]
+    return _sum_over(jnp.where(own_M < width, part_M, 0), split)
 
 
-def _whole_kl(logp_BTV, teacher_BTD, teacher_VD, split):
-    """(KL(teacher || student) [B, T], what the student's probabilities are pulled to [B, T, V])."""
-    logp_teacher = _log_softmax(_logits(teacher_BTD, teacher_VD), split)
+def _whole_kl(logp_MV, teacher_MD, teacher_VD, split):
+    """(KL(teacher || student) [M], what the student's probabilities are pulled to [M, V])."""
+    logp_teacher = _log_softmax(_logits(teacher_MD, teacher_VD), split)
     p_teacher = jnp.exp(logp_teacher)
-    return _sum_over(jnp.sum(p_teacher * (logp_teacher - logp_BTV), -1), split), p_teacher
+    return _sum_over(jnp.sum(p_teacher * (logp_teacher - logp_MV), -1), split), p_teacher
 
 
-def _top_kl(logp_BTV, teacher: TopK, split):
+def _top_kl(logp_MV, teacher: TopK, split):
     """The same over the teacher's K most likely tokens and one class for the rest; see `head_loss`.
 
     With q the student: d KL / d logit_j = q_j - p_j for a token of the K, else q_j - p(rest) q_j / q(rest).
     """
-    logp_BTK, ids_BTK, rest_BT = teacher.logp, teacher.token.astype(jnp.int32), teacher.rest
-    b, t, width = logp_BTV.shape
-    own_BTK = _own_ids(ids_BTK, width, split)
-    at = (jnp.arange(b)[:, None, None], jnp.arange(t)[:, None], own_BTK)
-    p_BTV = jnp.full_like(logp_BTV, -1).at[at].set(jnp.exp(logp_BTK), mode="drop")
-    q_BTV = jnp.exp(logp_BTV)
-    q_rest_BT = _sum_over(jnp.sum(jnp.where(p_BTV < 0, q_BTV, 0), -1), split)
-    q_rest_BT = jnp.maximum(q_rest_BT, 1e-37)  # none is left when K = V
+    logp_MK, ids_MK, rest_M = teacher.logp, teacher.token.astype(jnp.int32), teacher.rest
+    at = (jnp.arange(len(logp_MV))[:, None], _own_ids(ids_MK, logp_MV.shape[1], split))
+    p_MV = jnp.full_like(logp_MV, -1).at[at].set(jnp.exp(logp_MK), mode="drop")
+    q_MV = jnp.exp(logp_MV)
+    q_rest_M = _sum_over(jnp.sum(jnp.where(p_MV < 0, q_MV, 0), -1), split)
+    q_rest_M = jnp.maximum(q_rest_M, 1e-37)  # none is left when K = V
     # ids of other devices are out of range here: nothing is added for them, each is in range on one device
-    logq_BTK = logp_BTV.at[at].get(mode="fill", fill_value=0)
-    kl_BT = jnp.sum(jnp.exp(logp_BTK) * (logp_BTK - _sum_over(logq_BTK, split)), -1)
-    p_rest_BT = jnp.exp(rest_BT)
-    kl_BT += jnp.where(p_rest_BT > 0, p_rest_BT * (rest_BT - jnp.log(q_rest_BT)), 0)
-    return kl_BT, jnp.where(p_BTV < 0, q_BTV * (p_rest_BT / q_rest_BT)[..., None], p_BTV)
+    logq_MK = logp_MV.at[at].get(mode="fill", fill_value=0)
+    kl_M = jnp.sum(jnp.exp(logp_MK) * (logp_MK - _sum_over(logq_MK, split)), -1)
+    p_rest_M = jnp.exp(rest_M)
+    kl_M += jnp.where(p_rest_M > 0, p_rest_M * (rest_M - jnp.log(q_rest_M)), 0)
+    return kl_M, jnp.where(p_MV < 0, q_MV * (p_rest_M / q_rest_M)[:, None], p_MV)
 
 
 def _scan_chunks(static, gradient, scattered, batch, split, x_BTD, head, by_token, teacher_head, target_BT, weight_BT):
@@ -336,31 +235,31 @@ def _scan_chunks(static, gradient, scattered, batch, split, x_BTD, head, by_toke
 
     scattered: mesh axes over which the head's gradient is left split by columns.
     """
-    b, t, d = x_BTD.shape
+    b, t, _ = x_BTD.shape
 
     def body(carry, inputs):
         total, kl, ce, grad_head = carry
-        x, teacher, ids, weight = inputs
-        logp = _log_softmax(_logits(x, head), split)
-        own = _own_ids(ids, logp.shape[-1], split)
-        nll = -_pick(logp, own, split)
-        kl_t, pull = jnp.zeros_like(nll), None
+        x_MD, teacher, ids_M, weight_M = inputs
+        logp_MV = _log_softmax(_logits(x_MD, head), split)
+        own_M = _own_ids(ids_M, logp_MV.shape[-1], split)
+        nll_M = -_pick(logp_MV, own_M, split)
+        kl_M, pull_MV = jnp.zeros_like(nll_M), None
         if static.kd:
             if teacher_head is None:
-                kl_t, pull = _top_kl(logp, teacher, split)
+                kl_M, pull_MV = _top_kl(logp_MV, teacher, split)
             else:
-                kl_t, pull = _whole_kl(logp, teacher, teacher_head, split)
-        loss = jnp.sum((static.kd * kl_t + static.ce * nll) * weight)
+                kl_M, pull_MV = _whole_kl(logp_MV, teacher, teacher_head, split)
+        loss = jnp.sum((static.kd * kl_M + static.ce * nll_M) * weight_M)
         grad_x = None
         if gradient:
-            p = jnp.exp(logp)
-            wanted = static.ce * (jnp.arange(p.shape[-1]) == own[..., None])
-            if pull is not None:
-                wanted = wanted + static.kd * pull
-            grad = (((static.kd + static.ce) * p - wanted) * weight[..., None]).astype(x.dtype)
-            grad_x = _sum_over(jnp.einsum("btv,vd->btd", grad, head), split)
-            grad_head += jnp.einsum("btv,btd->vd", grad, x, preferred_element_type=jnp.float32)
-        return (total + loss, kl + jnp.sum(kl_t * weight), ce + jnp.sum(nll * weight), grad_head), grad_x
+            p_MV = jnp.exp(logp_MV)
+            wanted_MV = static.ce * (jnp.arange(p_MV.shape[-1]) == own_M[:, None])
+            if pull_MV is not None:
+                wanted_MV = wanted_MV + static.kd * pull_MV
+            grad_MV = (((static.kd + static.ce) * p_MV - wanted_MV) * weight_M[:, None]).astype(x_MD.dtype)
+            grad_x = _sum_over(jnp.einsum("mv,vd->md", grad_MV, head), split)
+            grad_head += jnp.einsum("mv,md->vd", grad_MV, x_MD, preferred_element_type=jnp.float32)
+        return (total + loss, kl + jnp.sum(kl_M * weight_M), ce + jnp.sum(nll_M * weight_M), grad_head), grad_x
 
     def zeros(shape, *over):
         # typed as differing between the devices that will add to it
@@ -373,11 +272,10 @@ def _scan_chunks(static, gradient, scattered, batch, split, x_BTD, head, by_toke
     sums = tuple(_sum_over(part, batch) for part in sums)
     if not gradient:
         return sums, None, None
-    grad_x = jnp.moveaxis(grad_x, 0, 1).reshape(b, -1, d)[:, :t]
     columns = (scattered,) if isinstance(scattered, str) else scattered or ()
     if batch and columns:
         grad_head = jax.lax.psum_scatter(grad_head, columns, scatter_dimension=1, tiled=True)
-    return sums, grad_x, _sum_over(grad_head, tuple(axis for axis in batch if axis not in columns))
+    return sums, _whole(grad_x, b, t), _sum_over(grad_head, tuple(axis for axis in batch if axis not in columns))
 
 
 def token_loss(
@@ -387,11 +285,12 @@ def token_loss(
 
     def run(batch, split, x_BTD, head, target_BT, weight_BT):
         def one(inputs):
-            x, ids, weight = inputs
-            logp = _log_softmax(_logits(x, head), split)
-            return jnp.sum(-_pick(logp, _own_ids(ids, logp.shape[-1], split), split) * weight, -1)
+            x_MD, ids_M, weight_M = inputs
+            logp_MV = _log_softmax(_logits(x_MD, head), split)
+            return -_pick(logp_MV, _own_ids(ids_M, logp_MV.shape[-1], split), split) * weight_M
 
-        return jnp.sum(jax.lax.map(one, tuple(_chunks(a, chunk) for a in (x_BTD, target_BT, weight_BT))), 0)
+        loss_NM = jax.lax.map(one, tuple(_chunks(a, chunk) for a in (x_BTD, target_BT, weight_BT)))
+        return jnp.sum(_whole(loss_NM, *target_BT.shape), -1)
 
     args = (x_BTD, _gathered_head(head_VD, x_BTD.dtype), target_BT, weight_BT)
     return _on_devices(run, spec("batch"), args), jnp.sum(weight_BT, -1)
@@ -402,16 +301,14 @@ def top_k(head_VD: jax.Array, x_BTD: jax.Array, k: int, chunk: int) -> TopK:
     head_VD = gather(head_VD, jax.P(None, None), x_BTD.dtype)
 
     def run(batch, split, x_BTD, head):
-        def one(x):
-            logp_BTV = _log_softmax(_logits(x, head), None)
-            logp_BTK, token_BTK = jax.lax.top_k(logp_BTV, k)
-            at = (jnp.arange(x.shape[0])[:, None, None], jnp.arange(x.shape[1])[:, None], token_BTK)
+        def one(x_MD):
+            logp_MV = _log_softmax(_logits(x_MD, head), None)
+            logp_MK, token_MK = jax.lax.top_k(logp_MV, k)
             # the others are summed by themselves: 1 - sum p(t_k) has no digits left where they are unlikely
-            rest_BT = jnp.log(jnp.sum(jnp.exp(logp_BTV).at[at].set(0), -1))
-            return TopK(logp_BTK, token_BTK, rest_BT)
+            rest_MV = jnp.exp(logp_MV).at[jnp.arange(len(x_MD))[:, None], token_MK].set(0)
+            return TopK(logp_MK, token_MK, jnp.log(jnp.sum(rest_MV, -1)))
 
-        b, t = x_BTD.shape[:2]
         found = jax.lax.map(one, _chunks(x_BTD, chunk))
-        return jax.tree.map(lambda a: jnp.moveaxis(a, 0, 1).reshape(b, -1, *a.shape[3:])[:, :t], found)
+        return jax.tree.map(lambda a: _whole(a, *x_BTD.shape[:2]), found)
 
     return _on_devices(run, TopK(ACTIVATION, ACTIVATION, spec("batch", "seq")), (x_BTD, head_VD))

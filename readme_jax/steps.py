@@ -16,7 +16,8 @@ import optax
 
 from readme_jax import losses, sharding
 from readme_jax.config import ModelConfig, RouterConfig
-from readme_jax.losses import HeadLoss, LabelConfig
+from readme_jax.labels import LabelConfig, combine_layers, label_tap
+from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Parallel
@@ -97,9 +98,9 @@ def make_label(cfg: ModelConfig, labels: LabelConfig, dtype=jnp.float32):
 
     @jax.jit
     def label(params: Params, table: ExpertTable, ids_BT: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        tap = losses.label_tap(labels)
+        tap = label_tap(labels)
         _, seen = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, tap=tap, dtype=dtype)
-        return losses.combine_layers(seen, labels)
+        return combine_layers(seen, labels)
 
     return label
 

@@ -10,7 +10,8 @@ import pytest
 from readme_jax import flops, optim, steps
 from readme_jax.alternate import ExpertPhase, RouterPhase
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
-from readme_jax.losses import HeadLoss, LabelConfig
+from readme_jax.labels import LabelConfig
+from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import make_table
 from readme_jax.sharding import put

@@ -9,9 +9,10 @@ import pytest
 from oracles_core import energy_share, log_softmax, overlap_dist, packed, paper_router_loss, random_params, random_table
 from oracles_core import head_loss as head_oracle
 
-from readme_jax import losses
+from readme_jax import labels, losses
 from readme_jax.config import ConfigError
-from readme_jax.losses import PAPER_LABELS, HeadLoss, LabelConfig
+from readme_jax.labels import PAPER_LABELS, LabelConfig
+from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone
 from readme_jax.models.experts import make_table
 from readme_jax.models.layers import ACTIVATION
@@ -38,7 +39,7 @@ def awkward(rng, rows, width):
 
 
 def test_kth_largest_is_the_sorted_value(mesh):
-    kth = jax.jit(losses.kth_largest)
+    kth = jax.jit(labels.kth_largest)
     x = awkward(np.random.default_rng(0), 12, 33)
     for rank in (0, 1, 15, 31, 32):
         np.testing.assert_array_equal(kth(x, rank), -np.sort(-x, axis=-1)[:, rank : rank + 1])  # 0.0 == -0.0 here
@@ -61,7 +62,7 @@ def activations():
 
 def labels_of(config, h, table_LEC, w_down=None):
     """Target distribution from given activations, as a dense run would collect it."""
-    table, tap = make_table(table_LEC, F), losses.label_tap(config)
+    table, tap = make_table(table_LEC, F), labels.label_tap(config)
     w_down = jnp.zeros((L, F, D)) if w_down is None else jnp.asarray(w_down)
 
     @jax.jit
@@ -69,7 +70,7 @@ def labels_of(config, h, table_LEC, w_down=None):
         seen_LBTE = jax.lax.map(
             lambda layer: tap(layer[0], SimpleNamespace(w_down=layer[1]), layer[2]), (h, w_down, table)
         )
-        return losses.combine_layers(seen_LBTE, config)
+        return labels.combine_layers(seen_LBTE, config)
 
     return run(h, w_down, table)
 
@@ -93,7 +94,7 @@ def test_the_first_expert_alone_gives_n(mesh, activations):
     exclusive = mask_EF & ~mask_EF.all(0)
     assert len({int(row.sum()) for row in exclusive}) > 1
     for signed in (True, False):
-        score = jax.jit(losses.overlap_score, static_argnums=2)(h[0], exclusive, signed)
+        score = jax.jit(labels.overlap_score, static_argnums=2)(h[0], exclusive, signed)
         dist = overlap_dist(h[0].reshape(-1, F).astype(np.float64), exclusive, signed)
         score = np.asarray(score, np.float64).reshape(-1, E)
         got = 10 * (score - score.mean())
