@@ -14,7 +14,7 @@ from test_sources import write_gguf
 
 from readme_jax import artifacts, cli
 from readme_jax import carve as carving
-from readme_jax.alternate import RecordCache
+from readme_jax.teacher import RecordCache
 from readme_jax.train import alternate, calibrate
 
 LAST = "model.layers.1.self_attn.v_proj.weight"

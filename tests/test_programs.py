@@ -13,7 +13,7 @@ from stages import ONE, differing, weights
 
 from readme_jax import api, artifacts, cli
 from readme_jax import carve as carving
-from readme_jax.alternate import AlternateConfig, RecordCache
+from readme_jax.alternate import AlternateConfig
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import ArtifactError, load_yaml
 from readme_jax.data import Batches, open_records
@@ -21,6 +21,7 @@ from readme_jax.infer import export, generate
 from readme_jax.losses import next_token
 from readme_jax.metrics import NonFiniteError, read_metrics
 from readme_jax.statistics import load_statistics
+from readme_jax.teacher import RecordCache
 from readme_jax.train import alternate, calibrate, carve, evaluate, import_hf, prepare
 
 FFN = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

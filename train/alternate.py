@@ -20,7 +20,6 @@ from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement,
 from readme_jax.alternate import (
     AlternateConfig,
     RoutedBatches,
-    ask_teacher,
     building,
     check,
     first_records,
@@ -35,6 +34,7 @@ from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_flops, peak_memory
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
 from readme_jax.sharding import use_mesh
+from readme_jax.teacher import ask_teacher
 
 SAVE, STOP = 1, 2
 
