@@ -1,4 +1,4 @@
-"""The steps of a training run on shapes alone: what `plan` measures, and what the tests lower for pods that are not here.
+"""The steps of a training run on shapes alone: what is measured ahead, and lowered for pods that are not here.
 
 Everything is placed on the current mesh, which may be abstract (`jax.sharding.use_abstract_mesh`): no weights are read,
 no array is made, and a 70 B model takes as long as a small one, since layers are stacked.
@@ -18,7 +18,7 @@ from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
 from readme_jax.routing import bucket, ladder
-from readme_jax.sharding import batch_devices, expert_devices, model_devices, spec
+from readme_jax.sharding import REPLICATED, batch_devices, expert_devices, model_devices, spec
 
 MICRO = jax.P(None, *spec("batch", "seq"))
 
@@ -64,7 +64,7 @@ def current_mesh() -> Any:
     return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
 
 
-def shaped(shape: tuple[int, ...], dtype: Any, partition: jax.P = jax.P()) -> jax.ShapeDtypeStruct:
+def shaped(shape: tuple[int, ...], dtype: Any, partition: jax.P = REPLICATED) -> Any:
     """A placed array that is not there. One entry a dimension, as `sharding.put` writes it."""
     whole = jax.P(*partition, *(None,) * (len(shape) - len(partition)))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(current_mesh(), whole))
@@ -89,7 +89,7 @@ def router_parameters(run: Run) -> Any:
 def phase(params: Any, tx: Any) -> steps.Phase:
     """`steps.start` on shapes: the optimizer state lies as its parameter does."""
     state = jax.eval_shape(tx.init, params)
-    state = jax.tree.map(lambda a: shaped(a.shape, a.dtype, a.sharding.spec if a.sharding else jax.P()), state)
+    state = jax.tree.map(lambda a: shaped(a.shape, a.dtype, a.sharding.spec if a.sharding else REPLICATED), state)
     return steps.Phase(shaped((), jnp.int32), params, state)
 
 

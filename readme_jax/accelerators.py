@@ -1,6 +1,6 @@
 """The accelerators that a run is planned for: peak arithmetic, memory and its speed, of one device as JAX counts it.
 
-Figures are the vendors' own, dense (no sparsity), of the part that is commonly rented. Sizes in bytes, rates per second.
+Figures are the vendors' own, dense (no sparsity), of the part that is commonly rented. Bytes, and rates per second.
 """
 
 import dataclasses
@@ -46,7 +46,7 @@ ACCELERATORS = {
         # NVIDIA A100 Tensor Core GPU datasheet: 312 TFLOPS bf16; 40 GB at 1555 GB/s; 80 GB (SXM) at 2039 GB/s
         Accelerator("a100-40", "gpu", 312e12, 40 * GB, 1555e9),
         Accelerator("a100-80", "gpu", 312e12, 80 * GB, 2039e9),
-        # NVIDIA H100 Tensor Core GPU datasheet, SXM5: 1979 TFLOPS bf16 with sparsity, half of it dense; 80 GB, 3.35 TB/s
+        # NVIDIA H100 datasheet, SXM5: 1979 TFLOPS bf16 with sparsity, half of it dense; 80 GB, 3.35 TB/s
         Accelerator("h100", "gpu", 989e12, 80 * GB, 3350e9),
         # NVIDIA H200 datasheet, SXM: the same arithmetic, 141 GB at 4.8 TB/s
         Accelerator("h200", "gpu", 989e12, 141 * GB, 4800e9),

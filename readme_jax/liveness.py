@@ -1,9 +1,9 @@
 """Peak memory of a traced step on one device, from its jaxpr: which array is alive when, by shape, dtype and sharding.
 
-Nothing is compiled, so a 70 B model on 128 devices takes seconds on a laptop. In: the jaxpr of a jitted function, traced
+Nothing is compiled, so a 70 B model on 128 devices takes seconds on a laptop. In: the jaxpr of a jitted step, traced
 on shapes under any mesh, abstract or real. Out: bytes of its arguments and of the heap that XLA would need beside them.
 
-The model of the compiler, checked against XLA's own memory analysis in tests/test_plan.py:
+The model of the compiler, checked against XLA's own memory analysis in tests/test_liveness.py:
 - an array on a device has the bytes of its type over its sharding; a sum over a sharded dimension makes a second array;
 - elementwise and layout operations are computed inside what reads them, so they need memory only when something else
   reads them (a matmul, a loop), or when several readers would repeat an exponential, a division or the like;
@@ -176,6 +176,8 @@ class Program:
             return self.run(getattr(inner, "jaxpr", inner), ins)
         if name == "scan":
             first, carries = params["num_consts"], params["num_carry"]
+            if params["length"] == 1:  # XLA takes the loop away
+                return self.run(params["jaxpr"].jaxpr, ins)
             slices = [device_bytes(v.aval) for v in params["jaxpr"].jaxpr.invars[first + carries :]]
             return self.loop(params["jaxpr"].jaxpr, ins[:first], ins[first:], carries, slices, sizes)
         if name == "while":
@@ -234,7 +236,7 @@ class Program:
         return list(outs)
 
     def lift(self, time: int, region: Region, to: Region) -> int:
-        """A time inside `region` as seen from the enclosing region `to`: an inner loop holds what it reads to its end."""
+        """A time inside `region` as seen from the enclosing region `to`: a loop holds what it reads to its end."""
         return time if len(region) <= len(to) else self.ends[region[: len(to) + 1]]
 
 
@@ -381,4 +383,4 @@ def usage(closed: Any, donated: int, *, early: bool = False) -> Usage:
         _, first, last = spans.get(id(root), (root, born, value.last))
         spans[id(root)] = root, min(first, born), max(last, value.last)
     read = [a for a in program.arguments if a.readers or id(a) in results]
-    return Usage(sum(a.size for a in read), pack([(root.size, *span) for root, *span in spans.values()]))
+    return Usage(sum(a.size for a in read), pack([(root.size, born, last) for root, born, last in spans.values()]))
