@@ -42,11 +42,15 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """A jitted function and the shapes of its arguments, the first of which is given up to it if `donates`."""
+    """A jitted function and the shapes of its arguments, the first of which is given up to it if `donates`.
+
+    held: how many of the arguments, from the first, are on the devices between steps too; the others are a batch.
+    """
 
     function: Any
     arguments: tuple
     donates: bool
+    held: int
 
     @property
     def donated(self) -> int:
@@ -166,21 +170,21 @@ def train_steps(run: Run) -> dict[str, Step]:
         if tuning.steps:
             rows = tuning.label_batch if tuning.teacher == "original" else tuning.batch
             pair = [shaped((rows, run.seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]
-            found["label"] = Step(steps.make_label(cfg, tuning.labels, dtype), (params, experts, *pair), False)
+            found["label"] = Step(steps.make_label(cfg, tuning.labels, dtype), (params, experts, *pair), False, 2)
             batch = tokens(tuning.accum, tuning.batch, run.seq)
             shape = (tuning.accum, tuning.batch, run.seq, run.experts.experts)
             batch["target"] = shaped(shape, jnp.float32, jax.P(*MICRO, None))
             step = steps.make_router_step(run.router, cfg.rope_theta, tx)
-            found["router"] = Step(step, (choosing, batch), True)
+            found["router"] = Step(step, (choosing, batch), True, 1)
         if chosen.steps:
             batch = tokens(chosen.accum, chosen.batch, run.seq)
             route = steps.make_route(run.router, cfg.rope_theta)
-            found["route"] = Step(route, (choosing.params, batch["ids"], batch["segments"]), False)
+            found["route"] = Step(route, (choosing.params, batch["ids"], batch["segments"]), False, 1)
     if chosen.steps:
         tx = optim.make(chosen.optim, chosen.steps)
         head = HeadLoss(chosen.kd_weight, chosen.ce_weight, chosen.head_chunk)
         step = steps.make_expert_step(cfg, head, tx, dtype=dtype, remat=chosen.remat)
         batch = tokens(chosen.accum, chosen.batch, run.seq) | {"route": route_of(run)}
         teacher = params if chosen.kd_weight else None
-        found["experts"] = Step(step, (phase(student, tx), frozen, teacher, experts, batch), True)
+        found["experts"] = Step(step, (phase(student, tx), frozen, teacher, experts, batch), True, 4)
     return found

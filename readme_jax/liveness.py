@@ -19,6 +19,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.sharding import AxisType
 
 LAYOUT = frozenset("broadcast_in_dim iota pad slice dynamic_slice concatenate split transpose rev".split())
 CHEAP = frozenset(
@@ -55,6 +56,7 @@ class Value:
     stored: bool = False
     again: bool = False
     costly: bool = False
+    shape: tuple[int, ...] = ()
     argument: bool = False
     loop: bool = False
     home: "Value | None" = None
@@ -82,10 +84,14 @@ class Op:
 
 @dataclasses.dataclass(frozen=True)
 class Usage:
-    """Bytes on one device: of the arguments (those that are read), and of the heap beside them."""
+    """Bytes on one device: of the arguments (those that are read), and of the heap beside them.
+
+    weights: those of the heap that hold gathered weights, gradients and updates when most is alive.
+    """
 
     arguments: int
     heap: int
+    weights: int = 0
 
     @property
     def total(self) -> int:
@@ -111,6 +117,12 @@ def device_bytes(aval: Any) -> int:
         return 0
     mesh = aval.sharding.mesh
     return local_bytes(aval.shape, aval.dtype.itemsize, () if mesh.empty else aval.sharding.spec, mesh.shape)
+
+
+def placed_by_xla(aval: Any) -> bool:
+    """True for an array whose place on the mesh is not part of its type."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and not mesh.empty and AxisType.Auto in mesh.axis_types
 
 
 def summed(eqn: Any) -> bool:
@@ -139,13 +151,37 @@ class Program:
         self.values: list[Value] = []
         self.ends: dict[Region, int] = {}
         self.region: Region = ()
-        self.arguments = [self.value(device_bytes(v.aval), argument=True) for v in closed.jaxpr.invars]
+        self.inferred: dict[tuple[int, ...], int] = {}
+        self.infer(closed.jaxpr)
+        self.arguments = [self.of(v.aval, argument=True) for v in closed.jaxpr.invars]
         self.results = [r for r in self.run(closed.jaxpr, self.arguments) if r is not None]
 
     def value(self, size: int, **fields) -> Value:
         """A new value in the present region."""
         self.values.append(Value(size, self.region, **fields))
         return self.values[-1]
+
+    def infer(self, jaxpr: Any) -> None:
+        """Note how arrays are split that XLA places itself (indexing with an `out_sharding`): as where they come from
+        or go to."""
+        for eqn in jaxpr.eqns:
+            if eqn.primitive.name == "reshard":
+                sides = [eqn.invars[0].aval, eqn.outvars[0].aval]
+                if sum(map(placed_by_xla, sides)) == 1:
+                    known = sides[0] if placed_by_xla(sides[1]) else sides[1]
+                    count = device_bytes(known) // known.dtype.itemsize
+                    self.inferred[known.shape] = min(count, self.inferred.get(known.shape, count))
+            for inner in core.jaxprs_in_params(eqn.params):
+                self.infer(inner)
+
+    def size(self, aval: Any) -> int:
+        """Bytes of an abstract value on one device."""
+        count = self.inferred.get(aval.shape) if placed_by_xla(aval) else None
+        return device_bytes(aval) if count is None else count * aval.dtype.itemsize
+
+    def of(self, aval: Any, **fields) -> Value:
+        """A new value of an abstract one's size and shape."""
+        return self.value(self.size(aval), shape=tuple(getattr(aval, "shape", ())), **fields)
 
     def op(self, name: str, ins, outs, inner: Value | None = None) -> None:
         """A new operation at the present time."""
@@ -169,8 +205,7 @@ class Program:
 
     def equation(self, eqn: Any, ins: list[Value | None]) -> list[Value | None]:
         """Append one equation; the values of its results."""
-        name, params = eqn.primitive.name, eqn.params
-        sizes = [device_bytes(v.aval) for v in eqn.outvars]
+        name, params, made = eqn.primitive.name, eqn.params, [v.aval for v in eqn.outvars]
         if name in CALLS and CALLS[name] in params:
             inner = params[CALLS[name]]
             return self.run(getattr(inner, "jaxpr", inner), ins)
@@ -178,27 +213,26 @@ class Program:
             first, carries = params["num_consts"], params["num_carry"]
             if params["length"] == 1:  # XLA takes the loop away
                 return self.run(params["jaxpr"].jaxpr, ins)
-            slices = [device_bytes(v.aval) for v in params["jaxpr"].jaxpr.invars[first + carries :]]
-            return self.loop(params["jaxpr"].jaxpr, ins[:first], ins[first:], carries, slices, sizes)
+            return self.loop(params["jaxpr"].jaxpr, ins[:first], ins[first:], carries, made)
         if name == "while":
             first = params["cond_nconsts"] + params["body_nconsts"]
             body = params["body_jaxpr"].jaxpr
-            return self.loop(body, ins[params["cond_nconsts"] : first], ins[first:], len(sizes), [], sizes)
+            return self.loop(body, ins[params["cond_nconsts"] : first], ins[first:], len(made), made)
         if name == "cond":
-            outs = [self.value(size) for size in sizes]
+            outs = [self.of(aval) for aval in made]
             for branch in params["branches"]:
                 self.op("join", self.run(branch.jaxpr, ins[1:]), outs)
             return list(outs)
-        if name in RENAMED and ins[0] is not None and sizes == [ins[0].size]:
+        if name in RENAMED and ins[0] is not None and list(map(self.size, made)) == [ins[0].size]:
             return [ins[0]]
         if name == "div" and ins[0] is not None and ins[0].maker is not None and ins[0].maker.name == "div":
             ins = [*ins[0].maker.ins, ins[1]]  # XLA computes (a / b) / c as a / (b * c)
         if name == "dot_general":
             ins = [self.turned(value, eqn, side) for side, value in enumerate(ins)]
-        outs = [self.value(size) for size in sizes]
+        outs = [self.of(aval) for aval in made]
         self.op(name, ins, outs)
         if summed(eqn):
-            parts, outs = outs, [self.value(size) for size in sizes]
+            parts, outs = outs, [self.of(aval) for aval in made]
             self.op("sum over devices", parts, outs)
         return list(outs)
 
@@ -211,19 +245,19 @@ class Program:
         wanted = [ends[side]] if batch else ends
         if value is None or (tuple(batch) == tuple(range(first)) and tuple(contracted) in wanted):
             return value
-        copy = self.value(value.size)
+        copy = self.value(value.size, shape=value.shape)
         self.op("transpose", [value], [copy])
         return copy
 
-    def loop(self, body: Any, consts, inputs, carries: int, slices: list[int], sizes: list[int]) -> list[Value | None]:
-        """One turn of a loop: `inputs` are the initial carries, then what is sliced; `sizes` those of the results."""
-        outs = [self.value(size, loop=True) for size in sizes]
+    def loop(self, body: Any, consts, inputs, carries: int, made: list[Any]) -> list[Value | None]:
+        """One turn of a loop: `inputs` are the initial carries, then what is sliced; `made`: types of the results."""
+        outs = [self.of(aval, loop=True) for aval in made]
         for i in range(carries):
             self.op("carry in", [inputs[i]], [outs[i]])
         self.op("begin", [], outs[carries:])
         outer, self.region = self.region, (*self.region, len(self.ops))
-        held = [self.value(out.size, home=out, born=len(self.ops)) for out in outs[:carries]]
-        taken = [self.value(size) for size in slices]
+        held = [self.value(out.size, shape=out.shape, home=out, born=len(self.ops)) for out in outs[:carries]]
+        taken = [self.of(v.aval) for v in body.invars[len(consts) + carries :]]
         for source, piece in zip(inputs[carries:], taken):
             self.op("take", [source], [piece])
         for i, result in enumerate(self.run(body, [*consts, *held, *taken])):
@@ -347,8 +381,25 @@ def pack(buffers: Sequence[tuple[int, int, int]]) -> int:
     return top
 
 
-def usage(closed: Any, donated: int, *, early: bool = False) -> Usage:
+def _of_weights(spans: list[tuple[Value, int, int]], weights: frozenset) -> float:
+    """Share, when most is alive, of what has the shape of a weight, whatever the order of its dimensions."""
+    change: dict[int, list[int]] = {}
+    for value, born, last in spans:
+        own = value.size if tuple(sorted(value.shape)) in weights else 0
+        for time, sign in ((born, 1), (last + 1, -1)):
+            at = change.setdefault(time, [0, 0])
+            at[0], at[1] = at[0] + sign * value.size, at[1] + sign * own
+    total, own, most = 0, 0, (0, 0)
+    for time in sorted(change):
+        total, own = total + change[time][0], own + change[time][1]
+        most = max(most, (total, own))
+    return most[1] / max(most[0], 1)
+
+
+def usage(closed: Any, donated: int, *, early: bool = False, weights: frozenset = frozenset()) -> Usage:
     """Peak bytes of a traced step: `closed` its jaxpr, whose first `donated` flat arguments are given up to it.
+
+    weights: sorted shapes that count as weights (see `Usage`).
 
     early: the CPU backend's schedule, which makes everything that starts as a constant, stacked outputs of loops
     among it, before anything else; other backends make it when it is wanted.
@@ -383,4 +434,5 @@ def usage(closed: Any, donated: int, *, early: bool = False) -> Usage:
         _, first, last = spans.get(id(root), (root, born, value.last))
         spans[id(root)] = root, min(first, born), max(last, value.last)
     read = [a for a in program.arguments if a.readers or id(a) in results]
-    return Usage(sum(a.size for a in read), pack([(root.size, born, last) for root, born, last in spans.values()]))
+    heap = pack([(root.size, born, last) for root, born, last in spans.values()])
+    return Usage(sum(a.size for a in read), heap, round(heap * _of_weights(list(spans.values()), weights)))
