@@ -37,6 +37,7 @@ CALLS = {
     "jit": "jaxpr", "pjit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr", "checkpoint": "jaxpr",
     "remat2": "jaxpr", "custom_jvp_call": "call_jaxpr", "custom_vjp_call": "call_jaxpr", "shard_map": "jaxpr",
 }  # fmt: skip
+ORDER = eval(__import__("os").environ.get("ORD","lambda b: (-b[0], b[1])"))
 ALIGN = 64
 Region = tuple[int, ...]
 
@@ -367,7 +368,7 @@ def pack(buffers: Sequence[tuple[int, int, int]]) -> int:
     """Size of the heap for buffers (bytes, first time, last time): the largest first, each into the smallest gap."""
     placed: list[tuple[int, int, int, int]] = []
     top = 0
-    for size, born, last in sorted(buffers, key=lambda b: (-b[0], b[1])):
+    for size, born, last in sorted(buffers, key=ORDER):
         size = -(-size // ALIGN) * ALIGN
         taken = sorted((at, at + n) for at, n, start, end in placed if start <= last and born <= end)
         gaps, free = [], 0

@@ -164,8 +164,8 @@ class Lever:
     total: int
 
 
-def _changes(run: Run) -> Iterator[tuple[str, AlternateConfig]]:
-    """Settings that may save memory and leave what is computed as it is, but for rounding."""
+def _changes(run: Run, more: bool) -> Iterator[tuple[str, AlternateConfig]]:
+    """Settings that may save memory and leave what is computed as it is, but for rounding. more: more devices too."""
     config, replace = run.config, dataclasses.replace
     tuning, chosen, mesh = config.router, config.experts, config.mesh
     if chosen.remat == "none":
@@ -184,28 +184,40 @@ def _changes(run: Run) -> Iterator[tuple[str, AlternateConfig]]:
     if chosen.head_chunk > 32:
         half = replace(chosen, head_chunk=chosen.head_chunk // 2)
         yield f"experts.head_chunk={half.head_chunk}", replace(config, experts=half)
-    yield f"mesh.data={2 * mesh.data}", replace(config, mesh=replace(mesh, data=2 * mesh.data))
-    yield f"mesh.model={2 * mesh.model}", replace(config, mesh=replace(mesh, model=2 * mesh.model))
+    if more:
+        yield f"mesh.data={2 * mesh.data}", replace(config, mesh=replace(mesh, data=2 * mesh.data))
+        yield f"mesh.model={2 * mesh.model}", replace(config, mesh=replace(mesh, model=2 * mesh.model))
+    elif mesh.data % 2 == 0:
+        other = replace(mesh, data=mesh.data // 2, model=2 * mesh.model)
+        yield f"mesh.data={other.data} mesh.model={other.model}", replace(config, mesh=other)
 
 
-def levers(run: Run, platform: str) -> list[Lever]:
-    """What saves memory, the biggest first; a lever may ask for more devices. run.config.mesh.data must be said."""
+def levers(run: Run, platform: str, more: bool) -> list[Lever]:
+    """What saves memory, the biggest first; more: by more devices too. run.config.mesh.data must be said."""
     found = []
-    for setting, config in _changes(run):
+    now = _most(run, platform)
+    for setting, config in _changes(run, more):
         changed = dataclasses.replace(run, config=config)
         try:
-            with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh)):
-                found.append(Lever(setting, changed, peak(memory(changed, platform))[1].total))
+            found.append(Lever(setting, changed, _most(changed, platform)))
         except ConfigError:  # the batch or the channels do not divide
             continue
-    return sorted(found, key=lambda lever: lever.total)
+    return sorted((lever for lever in found if lever.total < now), key=lambda lever: lever.total)
 
 
-def way_to_fit(run: Run, platform: str, room: float, most: int = 4) -> list[Lever]:
-    """The biggest lever, then the biggest beside it, until a device needs at most `room` bytes: up to `most` of them."""
+def _most(run: Run, platform: str) -> int:
+    with jax.sharding.use_abstract_mesh(abstract_mesh(run.config.mesh)):
+        return peak(memory(run, platform))[1].total
+
+
+def way_to_fit(run: Run, platform: str, room: float, more: bool, most: int = 4) -> list[Lever]:
+    """The biggest lever, then the biggest beside it, until a device needs at most `room` bytes: up to `most` of them.
+
+    more: levers may ask for more devices.
+    """
     path: list[Lever] = []
     while len(path) < most and (not path or path[-1].total > room):
-        found = levers(path[-1].run if path else run, platform)
+        found = levers(path[-1].run if path else run, platform, more)
         if not found:
             break
         path.append(found[0])
