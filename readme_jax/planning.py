@@ -194,8 +194,7 @@ def _changes(run: Run, more: bool) -> Iterator[tuple[str, AlternateConfig]]:
 
 def levers(run: Run, platform: str, more: bool) -> list[Lever]:
     """What saves memory, the biggest first; more: by more devices too. run.config.mesh.data must be said."""
-    found = []
-    now = _most(run, platform)
+    found, now = [], _most(run, platform)
     for setting, config in _changes(run, more):
         changed = dataclasses.replace(run, config=config)
         try:
