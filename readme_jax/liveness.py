@@ -290,8 +290,30 @@ def _mark_needed(program: Program) -> None:
             value.readers.append(op)
 
 
+def _kernels(program: Program) -> dict[int, frozenset]:
+    """What computes with each value, directly or through what is computed inside it, as far as is known by now."""
+    found: dict[int, frozenset] = {}
+    for op in reversed(program.ops):
+        for value in op.outs if op.needed else ():
+            own: set = set()
+            for reader in value.readers:
+                if not reader.fused:
+                    own.add(reader.time)
+                    continue
+                for out in reader.outs:
+                    own |= {id(out)} if out.stored else set()
+                    own |= found.get(id(out), frozenset()) if out.again or not out.stored else frozenset()
+            found[id(value)] = frozenset(own)
+    return found
+
+
 def _mark_stored(program: Program, results: set[int]) -> None:
     """Which values need a buffer of their own (see the module's docstring)."""
+    _mark_once(program, results, None)
+    _mark_once(program, results, _kernels(program))
+
+
+def _mark_once(program: Program, results: set[int], kernels: dict[int, frozenset] | None) -> None:
     for op in program.ops:
         for value in op.outs if op.needed else ():
             if value.loop:
@@ -301,7 +323,8 @@ def _mark_stored(program: Program, results: set[int]) -> None:
             scaled = below is not None and below.name == "broadcast_in_dim" and below.ins and below.ins[0].size > 8
             value.costly = (op.name in COSTLY and not scaled) or any(i.costly and not i.stored for i in op.ins)
             inside = all((r.fused or r.name in REDUCTIONS) and r.region == value.region for r in value.readers)
-            repeated = len(value.readers) > 1 and value.costly
+            uses = len(value.readers) if kernels is None else len(kernels.get(id(value), ()))
+            repeated = uses > 1 and value.costly
             value.stored = id(value) in results or (bool(value.readers) and (not op.fused or not inside or repeated))
             value.again = value.stored and op.fused and not value.costly and op.name != "take"
 
@@ -359,7 +382,7 @@ def _share(program: Program) -> None:
 
 
 def _constant(value: Value) -> bool:
-    return not value.argument and value.home is None and value.maker is not None and (
+    return not value.argument and not value.loop and value.home is None and value.maker is not None and (
         value.maker.name in FUSED and all(map(_constant, value.maker.ins))
     )  # fmt: skip
 
