@@ -60,6 +60,7 @@ class Value:
     shape: tuple[int, ...] = ()
     argument: bool = False
     loop: bool = False
+    turns: Region = ()
     home: "Value | None" = None
     born: int = -1
     last: int = -1
@@ -255,8 +256,10 @@ class Program:
         outs = [self.of(aval, loop=True) for aval in made]
         for i in range(carries):
             self.op("carry in", [inputs[i]], [outs[i]])
-        self.op("begin", [], outs[carries:])
+        self.op("begin", outs[:carries], outs[carries:])
         outer, self.region = self.region, (*self.region, len(self.ops))
+        for out in outs:
+            out.turns = self.region
         held = [self.value(out.size, shape=out.shape, home=out, born=len(self.ops)) for out in outs[:carries]]
         taken = [self.of(v.aval) for v in body.invars[len(consts) + carries :]]
         for source, piece in zip(inputs[carries:], taken):
@@ -329,6 +332,107 @@ def _mark_once(program: Program, results: set[int], kernels: dict[int, frozenset
             value.again = value.stored and op.fused and not value.costly and op.name != "take"
 
 
+def _breadth_first(program: Program) -> None:
+    """Put the operations into the order of XLA's CPU backend: whatever has all it needs, first come, first served."""
+    program.ops = _arranged(program.ops, program.arguments, ())
+    starts: dict[Region, int] = {}
+    for time, op in enumerate(program.ops):
+        op.time = time
+        starts.setdefault(op.region, time)
+        if op.name == "end":
+            program.ends[op.region] = time
+    for value in program.values:
+        if value.maker is not None:
+            value.born = value.maker.time
+        elif value.home is not None:
+            value.born = starts.get(value.region, -1)
+
+
+def _arranged(ops: list[Op], sources: Sequence[Value], region: Region) -> list[Op]:
+    """`ops` of one region, loops in it as a whole and arranged inside, breadth first. What is computed inside a reader
+    comes right before the first of them."""
+    units, inlined = _units(ops, region)
+    maker = {id(value): i for i, (_, outs) in enumerate(units) for value in outs}
+    needs: list[set[int]] = []
+    hidden: list[list[Op]] = []
+    for i, (own, outs) in enumerate(units):
+        read, before = _read(own, outs, inlined)
+        needs.append({id(v) for v in read if maker.get(id(v)) != i})
+        hidden.append(before)
+    users: dict[int, list[int]] = {}
+    for i, reads in enumerate(needs):
+        for key in reads:
+            users.setdefault(key, []).append(i)
+    outside = [key for key in users if key not in maker]
+    first = {id(v): n for n, v in enumerate(sources)}
+    queue: list[tuple[str, int]] = [("value", key) for key in sorted(outside, key=lambda k: first.get(k, len(first)))]
+    queue += [("unit", i) for i, reads in enumerate(needs) if not reads]
+    left, done, placed = [len(reads) for reads in needs], [], set()
+    for kind, key in queue:
+        if kind == "unit":
+            own, outs = units[key]
+            for op in hidden[key]:
+                if id(op) not in placed:
+                    placed.add(id(op))
+                    done.append(op)
+            if len(own) > 1:
+                start = next(i for i, op in enumerate(own) if op.name == "begin") + 1
+                own = [*own[:start], *_arranged(own[start:-1], (), own[-1].region), own[-1]]
+            done += own
+            queue += [("value", id(value)) for value in outs if id(value) in users]
+            continue
+        for i in users[key]:
+            left[i] -= 1
+            if not left[i]:
+                queue.append(("unit", i))
+    return done
+
+
+def _units(ops: list[Op], region: Region) -> tuple[list[tuple[list[Op], list[Value]]], dict[int, Op]]:
+    """Operations that run as such, with what they make, a loop being one; and those inside readers, by their result."""
+    units: list[tuple[list[Op], list[Value]]] = []
+    inlined: dict[int, Op] = {}
+    at = 0
+    while at < len(ops):
+        op = ops[at]
+        at += 1
+        if op.name in ("carry in", "begin"):
+            last = next(i for i in range(at, len(ops)) if ops[i].name == "end" and ops[i].region[:-1] == region)
+            whole = ops[at - 1 : last + 1]
+            if any(inner.needed for inner in whole):
+                begin = next(o for o in whole if o.name == "begin")
+                units.append((whole, [*begin.ins, *begin.outs]))
+            at = last + 1
+        elif op.needed and (not op.fused or any(v.stored for v in op.outs)):
+            units.append(([op], list(op.outs)))
+        elif op.needed:
+            inlined |= {id(v): op for v in op.outs}
+    return units, inlined
+
+
+def _read(ops: list[Op], outs: Sequence[Value], inlined: dict[int, Op]) -> tuple[list[Value], list[Op]]:
+    """What a unit reads that is not inside it, and the operations computed inside it, in order."""
+    inside = {id(v) for op in ops for v in op.outs} | {id(v) for v in outs}
+    read: dict[int, Value] = {}
+    hidden: dict[int, Op] = {}
+
+    def walk(value: Value) -> None:
+        if id(value) in inside:
+            return
+        op = inlined.get(id(value))
+        if op is None:
+            read[id(value)] = value
+        elif id(op) not in hidden:
+            for source in op.ins:
+                walk(source)
+            hidden[id(op)] = op
+
+    for op in ops:
+        for value in op.ins if op.needed and op.name != "begin" else ():
+            walk(value)
+    return list(read.values()), list(hidden.values())
+
+
 def _mark_last(program: Program) -> None:
     """When each value is read for the last time: by what is stored, through what is computed inside it."""
     again: dict[int, int] = {}  # for values that are stored and computed again: the last time of that
@@ -345,8 +449,7 @@ def _mark_last(program: Program) -> None:
                 value.last = max(value.last, at)
     for value in program.values:
         if value.loop and value.stored:  # until the loop ends, read or not
-            starts = [region for region in program.ends if region[:-1] == value.region and region[-1] > value.born]
-            value.last = max(value.last, program.ends[min(starts, key=lambda region: region[-1])])
+            value.last = max(value.last, program.ends[value.turns])
 
 
 def _sources(value: Value) -> Iterator[Value]:
@@ -434,6 +537,8 @@ def usage(closed: Any, donated: int, *, early: bool = False, weights: frozenset 
     for argument in program.arguments:
         argument.stored = True
     _mark_stored(program, results)
+    if early:
+        _breadth_first(program)
     _mark_last(program)
     end = len(program.ops)
     for value in program.results:
