@@ -244,7 +244,7 @@ class Program:
         contracted, batch = (dims[side] for dims in eqn.params["dimension_numbers"])
         first, ndim = len(batch), eqn.invars[side].aval.ndim
         ends = [tuple(range(ndim - len(contracted), ndim)), tuple(range(first, first + len(contracted)))]
-        wanted = [ends[side]] if batch else ends
+        wanted = [ends[side]] if batch or side == 0 else ends
         if value is None or (tuple(batch) == tuple(range(first)) and tuple(contracted) in wanted):
             return value
         copy = self.value(value.size, shape=value.shape)
@@ -314,6 +314,7 @@ def _mark_stored(program: Program, results: set[int]) -> None:
     """Which values need a buffer of their own (see the module's docstring)."""
     _mark_once(program, results, None)
     _mark_once(program, results, _kernels(program))
+    _mark_once(program, results, _kernels(program))
 
 
 def _mark_once(program: Program, results: set[int], kernels: dict[int, frozenset] | None) -> None:
@@ -324,7 +325,7 @@ def _mark_once(program: Program, results: set[int], kernels: dict[int, frozenset
                 continue
             below = op.ins[-1].maker if op.name == "div" else None  # x / (broadcast y) becomes x * broadcast (1 / y)
             scaled = below is not None and below.name == "broadcast_in_dim" and below.ins and below.ins[0].size > 8
-            value.costly = (op.name in COSTLY and not scaled) or any(i.costly and not i.stored for i in op.ins)
+            value.costly = op.name in COSTLY and not scaled
             inside = all((r.fused or r.name in REDUCTIONS) and r.region == value.region for r in value.readers)
             uses = len(value.readers) if kernels is None else len(kernels.get(id(value), ()))
             repeated = uses > 1 and value.costly
