@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from readme_jax import abstract, flops, liveness, optim, steps
+from readme_jax import abstract, flops, jaxprs, liveness, optim, steps
 from readme_jax.abstract import Run
 from readme_jax.accelerators import Accelerator
 from readme_jax.alternate import AlternateConfig
@@ -85,7 +85,7 @@ def _elements(tree: Any) -> int:
 
 
 def _bytes(tree: Any) -> int:
-    return sum(map(liveness.device_bytes, jax.tree.leaves(tree)))
+    return sum(map(jaxprs.device_bytes, jax.tree.leaves(tree)))
 
 
 def resident(run: Run) -> tuple[int, int]:
@@ -121,7 +121,7 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
     weights, optimizer = resident(run)
     shapes, found = _weight_shapes(run), {}
     for name, step in abstract.train_steps(run).items():
-        needs = liveness.usage(step.trace().jaxpr, step.donated, early=platform == "cpu", weights=shapes)
+        needs = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(weights, optimizer, needs.heap - needs.weights, batch + needs.weights)
     return found

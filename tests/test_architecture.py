@@ -16,7 +16,8 @@ ORDER = """
     config sharding artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
-    statistics calibrate carve losses optim steps evaluate alternate flops accelerators abstract liveness planning
+    statistics calibrate carve losses optim steps evaluate alternate flops
+    accelerators abstract jaxprs liveness planning
     generation export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)

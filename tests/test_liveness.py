@@ -1,4 +1,9 @@
-"""The estimate of peak memory against XLA's own analysis of the compiled step, and the packing of buffers."""
+"""Planned memory against XLA's own analysis of the compiled steps on the forced devices, and the packing of buffers.
+
+Not held here (docs/LOG.md): tiny runs of `experts.remat=full` with distillation and several microbatches on meshes of
+eight are up to 21 % too low, and the labelling pass of tiny models up to 28 %: XLA's order of equals, and the gaps it
+leaves, decide when nothing but a few equal arrays is alive. Both are far from it at the size of SmolLM2.
+"""
 
 from pathlib import Path
 
@@ -9,7 +14,7 @@ import sizes
 from hypothesis import given
 from hypothesis import strategies as st
 
-from readme_jax import liveness
+from readme_jax import jaxprs, liveness, planning
 from readme_jax.abstract import Run, train_steps
 from readme_jax.alternate import AlternateConfig, ExpertPhase, RouterPhase
 from readme_jax.config import ModelConfig, RouterConfig
@@ -19,54 +24,83 @@ TINY = ModelConfig(
     family="llama", vocab=384, embed=32, mlp=48, layer=2, head=4, kv_head=2, head_dim=8, norm_eps=1e-5,
     rope_theta=10000.0, max_position=512, tied=True,
 )  # fmt: skip
+SMALL = RouterConfig(width=16, heads=2)
+PAPER = {"kd_weight": 0.0, "ce_weight": 1.0, "remat": "full"}
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 
 
-def compare(cfg, mesh, rows, seq, **fields) -> dict[str, float]:
-    """Estimate over XLA's figure of every step of a run: argument + output - alias + temp."""
+def compare(cfg, router, mesh, rows, seq, steps, **fields) -> dict[str, float]:
+    """Planned bytes of steps over XLA's: what stays on a device all along, the batch, and what the compiled step needs
+    beside its arguments (output - alias + temp)."""
     batch = rows * mesh[0] * mesh[1]
     config = AlternateConfig(
         model=Path("m"), data=Path("d"), out=Path("o"), rounds=1,
-        router=RouterPhase(steps=1, batch=batch, teacher="current", shape=RouterConfig(width=16, heads=2)),
+        router=RouterPhase(steps=1, batch=batch, teacher="current", shape=router),
         experts=ExpertPhase(**(dict(steps=1, batch=batch) | fields)),
     )  # fmt: skip
     found = {}
     with use_mesh(MeshConfig(data=mesh[0], expert=mesh[1], model=mesh[2])):
-        run = Run(config, cfg, sizes.half(cfg), config.router.shape, seq)
-        for name, step in train_steps(run).items():
+        run = Run(config, cfg, sizes.half(cfg), router, seq)
+        planned, resident = planning.memory(run, "cpu"), sum(planning.resident(run))
+        for name in steps:
+            step = train_steps(run)[name]
             traced = step.trace()
-            ours = liveness.usage(traced.jaxpr, step.donated, early=True)
             xla = traced.lower().compile().memory_analysis()
-            assert ours.arguments == xla.argument_size_in_bytes, name
-            whole = xla.argument_size_in_bytes + xla.output_size_in_bytes - xla.alias_size_in_bytes
-            found[name] = ours.total / (whole + xla.temp_size_in_bytes)
+            assert liveness.usage(traced.jaxpr, step.donated).arguments == xla.argument_size_in_bytes, name
+            placed = resident + sum(map(jaxprs.device_bytes, jax.tree.leaves(step.arguments[step.held :])))
+            needs = xla.output_size_in_bytes - xla.alias_size_in_bytes + xla.temp_size_in_bytes
+            found[name] = planned[name].total / (placed + needs)
     return found
 
 
+def within(found: dict[str, float]) -> None:
+    assert found == {name: pytest.approx(1, abs=0.1) for name in found}
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_tiny(mesh):
+    """The tiny run that every program's test makes, twice as long: both phases, distillation, all kept."""
+    within(compare(TINY, SMALL, mesh, 1, 64, ("router", "experts")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_tiny_as_in_the_paper(mesh):
+    within(compare(TINY, SMALL, mesh, 2, 128, ("label", "router", "route", "experts"), **PAPER))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
 @pytest.mark.parametrize(
-    ("mesh", "rows", "seq", "fields"),
+    ("rows", "seq", "fields"),
     [
-        ((1, 1, 1), 2, 32, {}),
-        ((1, 1, 1), 2, 64, {"kd_weight": 0.0, "ce_weight": 1.0, "remat": "full", "accum": 2}),
-        ((8, 1, 1), 1, 64, {}),
-        ((2, 2, 2), 2, 64, {"accum": 2}),
+        (2, 32, {}),
+        (2, 64, {"accum": 2}),
+        (4, 32, {"accum": 2}),
+        (2, 64, {"tuned": "ffn"}),
+        (1, 128, {"kd_weight": 0.0, "ce_weight": 1.0}),
+        (2, 64, PAPER | {"accum": 2}),
     ],
     ids=str,
 )
-def test_tiny(mesh, rows, seq, fields):
-    found = compare(TINY, mesh, rows, seq, **fields)
-    assert found["experts"] == pytest.approx(1, abs=0.1), found
-    assert found["router"] == pytest.approx(1, abs=0.1), found
+def test_tiny_in_many_ways(mesh, rows, seq, fields):
+    within(compare(TINY, SMALL, mesh, rows, seq, ("router", "route", "experts"), **fields))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "fields"),
-    [((1, 1, 1), {}), ((1, 1, 1), {"remat": "full", "accum": 2}), ((4, 1, 2), {})],
+    ("mesh", "seq", "fields"),
+    [
+        ((1, 1, 1), 512, {}),
+        ((1, 1, 1), 512, {"remat": "full", "accum": 2}),
+        ((8, 1, 1), 256, PAPER),
+        ((2, 2, 2), 256, {}),
+        ((2, 2, 2), 256, PAPER | {"accum": 2}),
+    ],
     ids=str,
 )
-def test_smollm2(mesh, fields):
-    found = compare(sizes.SMOLLM2, mesh, 1, 512, **fields)
-    assert found["experts"] == pytest.approx(1, abs=0.1), found
+def test_smollm2(mesh, seq, fields):
+    within(compare(sizes.SMOLLM2, RouterConfig(), mesh, 1, seq, ("label", "router", "route", "experts"), **fields))
 
 
 def test_what_is_alive_counts_once(mesh):
@@ -78,6 +112,30 @@ def test_what_is_alive_counts_once(mesh):
     shape = jax.ShapeDtypeStruct((64, 64), jnp.float32)
     usage = liveness.usage(jax.jit(f).trace(shape, shape).jaxpr, 0)
     assert usage == liveness.Usage(2 * 4 * 64 * 64, 2 * 4 * 64 * 64)
+
+
+def test_lookups_that_xla_places_have_their_share(mesh):
+    """A table split over eight devices, indexed with an `out_sharding`: nowhere is there the whole of it."""
+    with use_mesh(MeshConfig(data=8)) as eight:
+        table = jax.ShapeDtypeStruct((1024, 64), jnp.float32, sharding=jax.NamedSharding(eight, jax.P(None, "data")))
+        ids = jax.ShapeDtypeStruct((16,), jnp.int32, sharding=jax.NamedSharding(eight, jax.P(None)))
+
+        def f(table, ids):
+            return table.at[ids].get(out_sharding=jax.P(None, "data"))
+
+        usage = liveness.usage(jax.jit(f).trace(table, ids).jaxpr, 0)
+    assert usage.arguments == 1024 * 8 * 4 + 16 * 4 and usage.heap < 2048
+
+
+def test_weights_are_told_from_what_tokens_make(mesh):
+    """Of the gradient step of one matrix, the gradient is a weight's buffer and the activation is none."""
+
+    def f(w, x):
+        return jax.grad(lambda w: jnp.sum(jnp.tanh(x @ w)))(w) @ jnp.ones((48, 8))
+
+    w, x = jax.ShapeDtypeStruct((32, 48), jnp.float32), jax.ShapeDtypeStruct((512, 32), jnp.float32)
+    usage = liveness.usage(jax.jit(f).trace(w, x).jaxpr, 0, weights=frozenset({(32, 48)}))
+    assert 0 < usage.weights < 0.2 * usage.heap
 
 
 @given(st.lists(st.tuples(st.integers(1, 1000), st.integers(0, 30), st.integers(0, 30)), max_size=40))

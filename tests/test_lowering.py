@@ -8,7 +8,7 @@ import pytest
 import sizes
 from jax.sharding import AbstractMesh, AxisType
 
-from readme_jax import liveness
+from readme_jax import jaxprs, liveness
 from readme_jax.abstract import Run, train_steps
 from readme_jax.alternate import AlternateConfig, ExpertPhase, RouterPhase
 from readme_jax.config import ConfigError, RouterConfig
@@ -74,7 +74,7 @@ def test_separate_experts_lower_and_stay(name, mesh):
         assert "all_to_all" in text and "all_gather" not in text
         # a device computes with its own experts' rows, and nowhere is there a layer's matrix of all experts
         whole = run.model.mlp * run.model.embed * 2
-        found = {v.size for v in liveness.Program(traced.jaxpr).values if not v.argument}
+        found = {v.size for v in jaxprs.Program(traced.jaxpr).values if not v.argument}
         assert whole // (mesh[1] * mesh[2]) in found and whole not in found
 
 

@@ -125,8 +125,8 @@ def table(plan: dict, config: PlanConfig) -> str:
     counts, peak, device = plan["parameters"], plan["peak"], accelerators.find(plan["accelerator"])
     axes = ", ".join(f"{axis} {n}" for axis, n in plan["mesh"].items())
     lines = [
-        f"devices      {plan['devices']} x {device.name}: {device.memory / GB:.1f} GB, {device.flops / 1e12:.0f} TFLOP/s "
-        f"bf16 each; mesh {axes}",
+        f"devices      {plan['devices']} x {device.name}, each {device.memory / GB:.1f} GB and "
+        f"{device.flops / 1e12:.0f} TFLOP/s in bf16; mesh {axes}",
         f"parameters   {counts['backbone'] / 1e9:.3f} B, {counts['active'] / 1e9:.3f} B of them active for a token; "
         f"router {counts['router'] / 1e6:.1f} M",
         f"compute      {config.dtype}, experts.way={config.experts.way}, remat={config.experts.remat}",
