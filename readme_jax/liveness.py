@@ -113,7 +113,10 @@ def _breadth_first(program: Program) -> None:
 
 def _arranged(ops: list[Op], sources: Sequence[Value], region: Region) -> list[Op]:
     """`ops` of one region, breadth first; a loop runs as a whole and is arranged inside. An operation that is computed
-    inside its readers comes right before the first of them. sources: what the first come first, in this order."""
+    inside its readers comes right before the first of them.
+
+    sources: values from outside that count as ready first, in this order.
+    """
     units, inlined = _units(ops, region)
     maker = {id(value): i for i, (_, outs) in enumerate(units) for value in outs}
     needs: list[set[int]] = []
@@ -131,7 +134,7 @@ def _arranged(ops: list[Op], sources: Sequence[Value], region: Region) -> list[O
     queue: list[tuple[str, int]] = [("value", key) for key in sorted(outside, key=lambda k: first.get(k, len(first)))]
     queue += [("unit", i) for i, reads in enumerate(needs) if not reads]
     left, done, placed = [len(reads) for reads in needs], [], set()
-    for kind, key in queue:
+    for kind, key in queue:  # which grows
         if kind == "unit":
             own, outs = units[key]
             for op in hidden[key]:

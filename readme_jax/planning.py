@@ -192,31 +192,31 @@ def _changes(run: Run, more: bool) -> Iterator[tuple[str, AlternateConfig]]:
         yield f"mesh.data={other.data} mesh.model={other.model}", replace(config, mesh=other)
 
 
-def levers(run: Run, platform: str, more: bool) -> list[Lever]:
-    """What saves memory, the biggest first; more: by more devices too. run.config.mesh.data must be said."""
-    found, now = [], _most(run, platform)
+def levers(run: Run, platform: str, now: int, more: bool) -> list[Lever]:
+    """What saves memory, the biggest first. now: bytes a device without; more: by more devices too.
+
+    run.config.mesh.data must be said.
+    """
+    found = []
     for setting, config in _changes(run, more):
         changed = dataclasses.replace(run, config=config)
         try:
-            found.append(Lever(setting, changed, _most(changed, platform)))
+            with jax.sharding.use_abstract_mesh(abstract_mesh(config.mesh)):
+                found.append(Lever(setting, changed, peak(memory(changed, platform))[1].total))
         except ConfigError:  # the batch or the channels do not divide
             continue
     return sorted((lever for lever in found if lever.total < now), key=lambda lever: lever.total)
 
 
-def _most(run: Run, platform: str) -> int:
-    with jax.sharding.use_abstract_mesh(abstract_mesh(run.config.mesh)):
-        return peak(memory(run, platform))[1].total
-
-
-def way_to_fit(run: Run, platform: str, room: float, more: bool, most: int = 4) -> list[Lever]:
+def way_to_fit(run: Run, platform: str, now: int, room: float, more: bool, most: int = 4) -> list[Lever]:
     """The biggest lever, then the biggest beside it, until a device needs at most `room` bytes: up to `most` of them.
 
-    more: levers may ask for more devices.
+    now: bytes a device without; more: levers may ask for more devices.
     """
     path: list[Lever] = []
     while len(path) < most and (not path or path[-1].total > room):
-        found = levers(path[-1].run if path else run, platform, more)
+        run, now = (path[-1].run, path[-1].total) if path else (run, now)
+        found = levers(run, platform, now, more)
         if not found:
             break
         path.append(found[0])

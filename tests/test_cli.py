@@ -115,6 +115,7 @@ def test_stages(monkeypatch, capsys):
         "calibrate",
         "carve",
         "separate",
+        "plan",
         "alternate",
         "evaluate",
         "generate",

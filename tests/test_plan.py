@@ -64,7 +64,19 @@ def load_plan(model: Path, **changes) -> plan.PlanConfig:
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_biggest_lever(llama2, tmp_path, capsys):
-    args = [PAPER, "--accelerator", "v5e", "--model", llama2, "--seq", "4096", "--mesh.data", "8"]
+    args = [
+        PAPER,
+        "--accelerator",
+        "v5e",
+        "--model",
+        llama2,
+        "--seq",
+        "4096",
+        "--mesh.data",
+        "8",
+        "--router.steps",
+        "0",
+    ]
     with pytest.raises(planning.PlanError) as refused:
         planned(tmp_path, *args)
     made = json.loads((tmp_path / "plan.json").read_text())  # the plan is there all the same
@@ -79,18 +91,16 @@ def test_a_run_that_cannot_fit_is_refused_with_the_biggest_lever(llama2, tmp_pat
     assert changed["peak"]["bytes"] == first["bytes"]
 
 
-def test_with_the_devices_fixed_no_lever_asks_for_more(llama2):
+def test_levers_on_the_same_devices(llama2):
+    """Where activations are kept, not keeping them is the biggest; with the devices given, none asks for more."""
     run, _ = plan.read_run(load_plan(llama2, mesh=MeshConfig(data=8)))
-    found = [lever.setting for lever in planning.levers(run, "tpu", more=False)]
-    assert found[0] == "experts.batch=8 experts.accum=16"
-    assert not any(setting.startswith("mesh.") for setting in found if setting != "mesh.data=4 mesh.model=2")
-
-
-def test_remat_is_the_lever_where_activations_are_kept(llama2):
-    run, _ = plan.read_run(load_plan(llama2))
-    kept = dataclasses.replace(run.config.experts, remat="none")
-    run = dataclasses.replace(run, config=dataclasses.replace(run.config, experts=kept))
-    assert planning.levers(run, "gpu", more=True)[0].setting == "experts.remat=full"
+    config = run.config
+    kept, off = dataclasses.replace(config.experts, remat="none"), dataclasses.replace(config.router, steps=0)
+    run = dataclasses.replace(run, config=dataclasses.replace(config, experts=kept, router=off))
+    found = [lever.setting for lever in planning.levers(run, "gpu", 10**15, more=False)]
+    assert found[:2] == ["experts.remat=full", "experts.batch=8 experts.accum=16"]
+    assert [setting for setting in found if setting.startswith("mesh.")] == ["mesh.data=4 mesh.model=2"]
+    assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
 
 
 def test_a_carved_folder_and_its_data(stages, tmp_path):

@@ -68,14 +68,15 @@ def main(argv: list[str] | None = None) -> None:
     work, counts = planning.work(run, records), planning.parameters(run)
     hours = work.hours(device, mesh.size, config.mfu)
     name, most = planning.peak(needs)
-    path = planning.way_to_fit(run, device.platform, room, more=not config.devices) if most.total > room else []
+    fits, more = most.total <= room, not config.devices
+    path = [] if fits else planning.way_to_fit(run, device.platform, most.total, room, more)
     plan = {
         "accelerator": config.accelerator,
         "mesh": dict(mesh.shape),
         "devices": mesh.size,
         "parameters": counts,
         "memory": {step: dataclasses.asdict(each) | {"total": each.total} for step, each in needs.items()},
-        "peak": {"step": name, "bytes": most.total, "of": device.memory, "usable": room, "fits": most.total <= room},
+        "peak": {"step": name, "bytes": most.total, "of": device.memory, "usable": room, "fits": fits},
         "tokens": work.tokens,
         "flops": work.flops,
         "mfu": config.mfu,
@@ -85,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     print(table(plan, config))
     if config.json:
         config.json.write_text(json.dumps(plan, indent=2) + "\n")
-    require(most.total <= room, refusal(plan), planning.PlanError)
+    require(fits, refusal(plan), planning.PlanError)
 
 
 def read_run(config: PlanConfig) -> tuple[Run, int]:
