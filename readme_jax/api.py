@@ -115,11 +115,12 @@ class Model:
         end a text, by default the model's own.
         """
         single = isinstance(prompts, str)
+        rule = "prompts must be a text, a list of texts, or a list of lists of token ids"
+        require(isinstance(prompts, str | list | tuple | np.ndarray), rule, DataError)
         items = [prompts] if single else list(prompts)
         text = bool(items) and all(isinstance(p, str) for p in items)
         require(text or not chat, "chat=True needs text prompts", DataError)
-        rule = "prompts must be a text, a list of texts, or a list of lists of token ids"
-        ids = [self.encode(p, chat) if isinstance(p, str) else _whole_numbers(p, rule) for p in items]
+        ids = [self.encode(str(p), chat) if text else _whole_numbers(p, rule) for p in items]
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         rule = f"stop_tokens={stop_tokens!r} must be a list of token ids"
         stop = frozenset(_whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
@@ -132,14 +133,24 @@ class Model:
         return texts[0] if single else texts
 
     def encode(self, prompt: str, chat: bool = False) -> list[int]:
-        """Token ids of a text, or of it as a user's turn in the chat template (DataError when there is none)."""
+        """Token ids of a text, or of it as a user's turn in the chat template.
+
+        DataError for a text that is no Unicode, and when there is no template or it cannot be rendered.
+        """
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"a prompt holds half of a surrogate pair at character {error.start}") from None
         if not chat:
             return self.tokenizer(prompt)["input_ids"]
         require(
             self.tokenizer.chat_template is not None, f"{self.folder}: the tokenizer has no chat template", DataError
         )
         turn = [{"role": "user", "content": prompt}]
-        rendered = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        try:
+            rendered: Any = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program that came with the model: anything may go wrong in it
+            raise DataError(f"{self.folder}: the chat template fails: {' '.join(str(error).split())[:200]}") from None
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
 
 

@@ -14,9 +14,9 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from readme_jax.config import (
     ArtifactError,
@@ -29,8 +29,15 @@ from readme_jax.config import (
     to_dict,
 )
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 MANIFEST = "manifest.json"
 MARK = "run.json"  # in an unfinished folder: whose it is
+LOCK = "run.lock"  # in an unfinished folder: held by the process that works in it
+FULL = (errno.ENOSPC, errno.EDQUOT)
 BIG = 64 << 20  # bytes: a file from here on is not read again while its times are those of when it was hashed
 
 
@@ -167,16 +174,19 @@ def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
     )
     _read_json(folder / MANIFEST, "stage", "fingerprint", "config", "info", "files")
     manifest = verify(folder)
-    other = _difference(manifest, stage, config, parents)
+    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
+    other = _difference(manifest, mine, parents)
     require(not other, f"out={folder} belongs to another run ({other}); choose another folder", ArtifactError)
+    kept = {Path(name).parts[0] for name in manifest["files"]} | {MANIFEST}
+    _remove(folder, [p.name for p in folder.iterdir() if p.name in manifest.get("scratch", ()) and p.name not in kept])
     return True
 
 
-def _difference(made: dict, stage: str, config: Any, parents: dict[str, Path]) -> str:
-    """What sets the run that `made` (its stage, config, fingerprint) stands for apart from this one; "" for nothing."""
-    if made["stage"] == stage and made["fingerprint"] == fingerprint(config, parents):
+def _difference(made: dict, mine: dict, parents: dict[str, Path]) -> str:
+    """What sets a run (its stage, config, fingerprint) apart from this one, `mine`; "" for nothing."""
+    if made["stage"] == mine["stage"] and made["fingerprint"] == mine["fingerprint"]:
         return ""
-    old, new = made["config"], _result_fields(config)
+    old, new, stage = made["config"], mine["config"], mine["stage"]
     for key in sorted(new, key=lambda key: key in parents):  # paths of inputs last: they may differ and not matter
         if made["stage"] == stage and old.get(key) != new[key]:
             return f"stage {stage}, {key}={old.get(key)!r} there, {new[key]!r} here"
@@ -187,8 +197,8 @@ def _difference(made: dict, stage: str, config: Any, parents: dict[str, Path]) -
 class Work:
     """A result under construction. `path` is where files go; `info` ends up in the manifest.
 
-    `scratch` names files and folders of `path` that only the work itself needs: they are no part of the result, and
-    are removed once it is whole, so that a kill while it is being finished loses nothing.
+    `scratch` names files and folders in `path` that only the work itself needs: they are no part of the result, and
+    are removed once it is whole, so that a kill while it is being finished loses nothing (`finished` removes the rest).
     """
 
     path: Path
@@ -204,28 +214,40 @@ def building(
 
     The parents' hashes are checked first. The partial folder survives a kill, and the same run goes on from what it
     finds there; one of another run raises ArtifactError, since hours of work may lie in it. Bad input leaves nothing
-    of a folder begun here. A full disk leaves no result, but what earlier starts did, and raises ArtifactError.
+    of a folder begun here. A full disk leaves no result, but what earlier starts did, and raises ArtifactError. So does
+    a second process that would work in the same folder.
     `resolved`: what config.yaml holds, where a program's whole config is more than `config`.
     """
     for parent in parents.values():
         verify(parent, hashes="changed")
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    mark = partial / MARK
     mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        lock = _lock(partial)
+    except OSError as error:
+        raise _refusal(folder, error, "nothing was written") from None
+    try:
+        yield from _build(folder, partial, mine, config if resolved is None else resolved, parents)
+    finally:
+        lock.close()
+
+
+def _build(folder: Path, partial: Path, mine: dict, config: Any, parents: dict[str, Path]) -> Iterator[Work]:
+    mark = partial / MARK
     fresh = not mark.is_file()  # killed before its mark was written: nothing else is there yet
     if not fresh:
-        other = _difference(_read_json(mark, "stage", "fingerprint", "config"), stage, config, parents)
+        other = _difference(_read_json(mark, "stage", "fingerprint", "config"), mine, parents)
         advice = f"an unfinished result of another run is in {partial}; choose another out, or remove that folder"
         require(not other, f"{advice} ({other})", ArtifactError)
     try:
-        partial.mkdir(parents=True, exist_ok=True)
         if fresh:
             write_text(mark, json.dumps(mine))
         work = Work(partial, {})
         yield work
-        save_yaml(config if resolved is None else resolved, partial / "config.yaml")
-        scratch = [mark.name, *work.scratch]
+        save_yaml(config, partial / "config.yaml")
+        scratch = [MARK, LOCK, *work.scratch]
         names = [str(p.relative_to(partial)) for p in sorted(partial.rglob("*")) if p.is_file() and p.name != MANIFEST]
         found = {name: partial / name for name in names if Path(name).parts[0] not in scratch}
         times = {name: _times(path) for name, path in found.items() if path.stat().st_size >= BIG}
@@ -238,27 +260,54 @@ def building(
             "info": work.info,
             "files": files,
             "times": times,
+            "scratch": scratch,
         }
         write_text(partial / MANIFEST, json.dumps(manifest, indent=1))
         if folder.exists():
             folder.rmdir()
         os.rename(partial, folder)
-        for name in scratch:
-            path = folder / name
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        _remove(folder, scratch)
     except (ConfigError, SourceError, CheckpointError, DataError, ArtifactError):
         if fresh:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            kept = f"what an earlier start has done is kept in {partial}"
-            if fresh:
-                shutil.rmtree(partial, ignore_errors=True)
-            raise ArtifactError(f"out={folder}: the disk is full; {'nothing was written' if fresh else kept}") from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-            raise ArtifactError(f"out={folder}: cannot be written ({os.strerror(error.errno)})") from None
-        raise
+        if fresh and error.errno in FULL:
+            shutil.rmtree(partial, ignore_errors=True)
+        kept = f"what an earlier start has done is kept in {partial}"
+        raise _refusal(folder, error, "nothing was written" if fresh else kept) from None
+
+
+def _lock(partial: Path) -> IO:
+    """The lock of a folder under construction, to be closed; ArtifactError while another process holds it.
+
+    The system lets go of it when the process ends, however it ends. A file system without locks protects nothing.
+    """
+    file = open(partial / LOCK, "w")
+    if fcntl is not None:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ArtifactError(f"{partial}: another process is working in it") from None
+        except OSError:
+            pass
+    return file
+
+
+def _refusal(folder: Path, error: OSError, state: str) -> Exception:
+    """The error to raise when the system does not let a result be written."""
+    if error.errno in FULL:
+        return ArtifactError(f"out={folder}: the disk is full; {state}")
+    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        return ArtifactError(f"out={folder}: cannot be written ({os.strerror(error.errno)})")
+    return error
+
+
+def _remove(folder: Path, names: Iterable[str]) -> None:
+    """Remove files and folders in a folder, those that are there."""
+    for path in (folder / name for name in names):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ folder without it, or that differs from it, does not count.
 import concurrent.futures
 import dataclasses
 import json
+import logging
 import os
 import shutil
 import sys
@@ -23,6 +24,9 @@ from readme_jax import artifacts
 from readme_jax.config import CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
+
+# Its threads log a traceback of what is raised to us anyway, and that we say in one line.
+logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
 
 
 class SaveError(ReadMeError):
@@ -128,7 +132,7 @@ class Checkpoints:
             self._finishing.join()
             self._finishing = None
         if self._error is not None:
-            error, self._error = self._error, None
+            error, self._error, self._last = self._error, None, None
             raise error
 
     def restore(self, step: int, like: dict[str, Any]) -> dict[str, Any]:
@@ -143,7 +147,7 @@ class Checkpoints:
         try:
             return ocp.load_checkpointables(self._root / str(step), jax.tree.map(abstract, like))
         except (ValueError, KeyError, FileNotFoundError, ocp.errors.InvalidLayoutError) as error:
-            raise CheckpointError(f"checkpoint {step}: {' '.join(str(error).split())[:300]}") from None
+            raise CheckpointError(f"checkpoint {step}: {_short(error)}") from None
 
     def close(self) -> None:
         """Wait for what is being written."""
@@ -181,7 +185,13 @@ def _options() -> ocp.Context:
 
 
 def _unsaved(step: int, error: Exception) -> SaveError:
-    return SaveError(f"checkpoint {step} cannot be written: {' '.join(str(error).split())[:300]}")
+    return SaveError(f"checkpoint {step} cannot be written: {_short(error)}")
+
+
+def _short(error: Exception, most: int = 300) -> str:
+    """An error's text in one line; of a long one the beginning and the end, where the cause stands."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def checksums(folder: Path) -> dict[str, list[int]]:

@@ -241,6 +241,19 @@ def to_dict(config: Any) -> Any:
     return str(config) if isinstance(config, Path) else config
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML without the mappings that name a key twice, of which PyYAML would silently take the last."""
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key, _ in node.value:
+            name, mark = key.value if isinstance(key.value, str) else None, key.start_mark
+            if name in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"key {name!r} is given twice", mark)
+            seen.add(name)
+        return super().construct_mapping(node, deep)
+
+
 def load_yaml(cls: type, path: str | Path) -> Any:
     """Read a run's YAML (or the `config.yaml` of an artifact) into `cls`; errors name the file and the key."""
     path = Path(path)
@@ -248,7 +261,7 @@ def load_yaml(cls: type, path: str | Path) -> Any:
         path = path / "config.yaml"
     require(path.is_file(), f"{path}: no such config file")
     try:
-        data = yaml.safe_load(path.read_text())
+        data = yaml.load(path.read_text(), Loader=_Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:

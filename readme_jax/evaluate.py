@@ -34,8 +34,11 @@ class EvaluateConfig:
     choice (expert 0 of a model with one expert)."""
     router: Path | None = None
     """Take the router of this folder instead of the model's own; its experts must be the same."""
-    labels: LabelConfig | None = None
-    """With the arm `dense`: also label every token, and report how often the router agrees."""
+    agreement: bool = False
+    """With the arms `dense` and `routed`: also label every token in the dense run, and report how often the router
+    agrees."""
+    labels: LabelConfig = LabelConfig()
+    """What the label of a token is, for `agreement`."""
     batch: int = 1
     """Records of one forward pass; a multiple of the mesh's batch devices."""
     mesh: MeshConfig = free(MeshConfig())
@@ -44,7 +47,11 @@ class EvaluateConfig:
     def __post_init__(self):
         require(len(self.arms) > 0, "arms: at least one is needed")
         require(len(set(self.arms)) == len(self.arms), f"arms={self.arms} names an arm twice")
-        require(self.labels is None or "dense" in self.arms, "labels: need the arm dense, whose run is labelled")
+        both = {"dense", "routed"} <= set(self.arms)
+        require(
+            both or not self.agreement, "agreement=true needs the arms dense and routed: their choices are compared"
+        )
+        require(self.agreement or self.labels == LabelConfig(), "labels: have no meaning without agreement=true")
         require(self.router is None or "routed" in self.arms, "router: has no meaning without the arm routed")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 
@@ -105,21 +112,21 @@ class Routing:
         }
 
 
-def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float]:
+def summarise(sums: Iterable[float], weights: Iterable[float]) -> dict[str, float | None]:
     """Token-weighted loss of records, perplexity, tokens, and the standard error of the loss over records.
 
-    Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i.
+    Ratio estimator: se = sqrt(n / (n - 1) * sum (s_i - loss * w_i)^2) / sum w_i. None with one record.
     """
     sums_N, weights_N = np.asarray(list(sums), np.float64), np.asarray(list(weights), np.float64)
     total = max(weights_N.sum(), 1.0)
     loss = sums_N.sum() / total
     n = len(sums_N)
-    error = np.sqrt(n / (n - 1) * np.square(sums_N - loss * weights_N).sum()) / total if n > 1 else 0.0
+    error = np.sqrt(n / (n - 1) * np.square(sums_N - loss * weights_N).sum()) / total if n > 1 else None
     return {
         "loss": float(loss),
         "perplexity": float(np.exp(loss)),
         "tokens": int(weights_N.sum()),
-        "error": float(error),
+        "error": None if error is None else float(error),
     }
 
 

@@ -5,7 +5,10 @@ The router runs first on every token, so the expert is known before the backbone
 
 import dataclasses
 import functools
+import math
+import numbers
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +28,7 @@ class Sampling:
 
     max_new_tokens: tokens to add at most. temperature: 0 is greedy, else divides the logits. top_k: keep the k best
     (0: all). top_p: keep the smallest set with this probability (1: all). seed: of the sampling; equal seeds give equal
-    text whatever else is in the batch but the row's place in it.
+    text whatever else is in the batch but the row's place in it. ConfigError for a value of another kind or range.
     """
 
     max_new_tokens: int = 64
@@ -35,6 +38,12 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value: Any = getattr(self, field.name)
+            kind, noun = (numbers.Integral, "whole") if field.type is int else (numbers.Real, "finite")
+            good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
+            require(good, f"{field.name}={value!r} must be a {noun} number")
+            object.__setattr__(self, field.name, field.type(value))  # pyright: ignore  # NumPy's to Python's
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
         require(self.top_k >= 0, f"top_k={self.top_k} must not be negative")

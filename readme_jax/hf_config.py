@@ -25,6 +25,7 @@ from readme_jax.config import (
 NAMES = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}
 FAMILIES = tuple(NAMES)
 _REQUIRED = object()
+MOST_LAYERS = 10_000  # far above any model: lists of names and windows are as long, before any file is looked at
 
 
 def read_config(folder: str | Path) -> tuple[ModelConfig, ExpertConfig | None, RouterConfig | None]:
@@ -97,6 +98,7 @@ def _model_config(data: dict) -> ModelConfig:
         "quantization_config: quantised weights are not supported; give the original checkpoint",
     )
     embed, head, layer = (_size(data, n) for n in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
+    require(layer <= MOST_LAYERS, f"num_hidden_layers={layer} must be at most {MOST_LAYERS}")
     head_dim = _size(data, "head_dim", 128 if family == "qwen3" else None)
     if head_dim is None:
         require(

@@ -37,7 +37,7 @@ class QuickstartConfig:
     def __post_init__(self):
         require(0 < self.minutes < math.inf, f"minutes={self.minutes} must be positive")
         require(0 < self.fraction <= 1, f"fraction={self.fraction} must be above 0 and at most 1")
-        require(self.seed >= 0, f"seed={self.seed} must not be negative")
+        require(0 <= self.seed < 2**32 - 1, f"seed={self.seed} must be in 0 .. 2**32 - 2")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,7 @@ def collect(config: QuickstartConfig, plan: Plan, folders: dict[str, Path], extr
         "model": {"name": config.model, "source": extra.pop("source")},
         "ladder": ladder,
         "domains": domains,
-        "errors": errors,
+        "errors": {arm: error for arm, error in errors.items() if error is not None},
         "router": {
             "agreement": before["agreement"],
             "entropy": routing["entropy"],
@@ -166,19 +166,21 @@ def collect(config: QuickstartConfig, plan: Plan, folders: dict[str, Path], extr
     }
 
 
-def paired_error(first: dict, second: dict) -> float:
-    """Standard error of the difference in token-weighted loss of two arms on the same records."""
+def paired_error(first: dict, second: dict) -> float | None:
+    """Standard error of the difference in token-weighted loss of two arms on the same records; None with one."""
     weight_N = np.array(first["tokens"])
     difference_N = np.array(first["loss"]) - np.array(second["loss"])
     n, total = len(weight_N), max(weight_N.sum(), 1.0)
     if n < 2:
-        return 0.0
+        return None
     residual_N = difference_N - difference_N.sum() / total * weight_N
     return float(np.sqrt(n / (n - 1) * np.square(residual_N).sum()) / total)
 
 
-def _mean_error(errors: list[float]) -> float:
-    return float(np.sqrt(np.square(errors).sum()) / len(errors))
+def _mean_error(errors: list[float | None]) -> float | None:
+    if None in errors:
+        return None
+    return float(np.linalg.norm(np.array(errors, np.float64)) / len(errors))
 
 
 def _curve(folder: Path, key: str) -> list[list[float]]:

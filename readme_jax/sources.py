@@ -58,6 +58,13 @@ def resolve_model(name_or_path: str | Path) -> Path:
     """
     text = str(name_or_path)
     path = Path(text).expanduser()
+    try:
+        os.stat(path)
+    except OSError as error:
+        fits = error.errno not in (errno.ENAMETOOLONG, errno.ELOOP)
+        require(fits, f"{text[:80]}...: {os.strerror(error.errno or 0)}", SourceError)
+    except ValueError:
+        raise SourceError(f"{text[:80]!r}: not a path") from None
     if path.is_dir():
         require((path / "config.json").is_file(), f"{path}: a model folder needs config.json", SourceError)
         return path

@@ -107,6 +107,10 @@ def test_what_cannot_be_loaded(stages, tmp_path):
         readme_jax.load(tmp_path / "none")
     with pytest.raises(SourceError, match="needs config.json"):
         readme_jax.load(stages.text)
+    with pytest.raises(SourceError, match="^a{80}...: File name too long$"):
+        readme_jax.load("a" * 5000)
+    with pytest.raises(SourceError, match="not a path"):
+        readme_jax.load("a\0b")
 
 
 def test_a_folder_without_tokenizer_still_computes(stages, tmp_path):
@@ -129,9 +133,14 @@ def test_import_is_lazy():
 
 def test_what_is_no_prompt(models):
     model = models["tuned"]
-    for prompts in ([1, 2, 3], [[1.5]], [["one"]], [None], [[[1]]], ["one", 2]):
+    for prompts in (
+        *([1, 2, 3], [[1.5]], [["one"]], [None], [[[1]]], ["one", 2], ["one", [1, 2]], np.ones((1, 1, 1), int)),
+        *({"one": 1}, None, 5, {"one"}, iter(["one"]), b"one"),
+    ):
         with pytest.raises(DataError, match="prompts must be a text, a list of texts, or a list of lists"):
             model.generate(prompts, max_new_tokens=1)
+    with pytest.raises(DataError, match="half of a surrogate pair at character 3"):
+        model.generate(["one", "one\ud83d"], max_new_tokens=1)
     for stop in (0, [1.5], "0"):
         with pytest.raises(DataError, match="stop_tokens=.* must be a list of token ids"):
             model.generate("one", max_new_tokens=1, stop_tokens=stop)

@@ -5,6 +5,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -101,7 +103,8 @@ def test_a_kill_leaves_what_was_done_for_the_same_run(tmp_path):
             (work.path / "half").write_text("done so far")
             raise RuntimeError(json.dumps(seen))
 
-    for options, seen in (({}, ["run.json"]), ({}, ["half", "run.json"]), ({"minutes": 1.0}, ["half", "run.json"])):
+    marks = ["run.json", "run.lock"]
+    for options, seen in (({}, marks), ({}, ["half", *marks]), ({"minutes": 1.0}, ["half", *marks])):
         with pytest.raises(RuntimeError) as stop:
             begin(**options)
         assert json.loads(str(stop.value)) == seen and partial.is_dir() and not out.exists()
@@ -120,6 +123,55 @@ def test_a_kill_before_the_mark_is_written(tmp_path):
     (tmp_path / ".out.partial").mkdir()
     make(tmp_path / "out")
     assert finished(tmp_path / "out")
+
+
+def test_a_kill_before_the_last_tidying(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+
+    def work():
+        with artifacts.building(out, "stage", Config(out), {}) as work:
+            (work.path / "weights").write_text("tensor")
+            (work.path / "checkpoints").mkdir()
+            (work.path / "checkpoints" / "5").write_text("old")
+            work.scratch.append("checkpoints")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(artifacts, "_remove", lambda *_: None)
+        work()
+    assert (out / "checkpoints" / "5").is_file() and (out / artifacts.MARK).is_file()
+    assert finished(out)
+    assert sorted(p.name for p in out.iterdir()) == ["config.yaml", "manifest.json", "weights"]
+    manifest = json.loads((out / "manifest.json").read_text())
+    (out / "manifest.json").write_text(
+        json.dumps(manifest | {"scratch": ["../mine", "..", "", "weights", "manifest.json"]})
+    )
+    (tmp_path / "mine").write_text("thesis")
+    assert finished(out) and (tmp_path / "mine").is_file() and (out / "weights").is_file()
+
+
+def test_one_process_at_a_time(tmp_path):
+    """A second process is refused and touches nothing; one that was killed is in nobody's way."""
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    program = f"""
+import dataclasses, pathlib, sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_artifacts
+out = pathlib.Path({str(out)!r})
+with test_artifacts.artifacts.building(out, "stage", test_artifacts.Config(out), {{}}) as work:
+    (work.path / "half").write_text("done")
+    print("in", flush=True)
+    sys.stdin.read()
+"""
+    child = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert child.stdin is not None and child.stdout is not None
+    with child:
+        assert child.stdout.readline() == "in\n"
+        with pytest.raises(ArtifactError, match=f"{partial}: another process is working in it"):
+            make(out)
+        assert (partial / "half").read_text() == "done"
+        child.kill()
+    make(out)
+    assert finished(out) and not partial.exists()
 
 
 def test_bad_input_leaves_nothing_but_what_was_there(tmp_path):

@@ -91,6 +91,14 @@ DAMAGE = {
         lambda m: edit_json(m / "config.json", num_key_value_heads=3),
         ["model/config.json", "num_attention_heads=4", "multiple of num_key_value_heads=3"],
     ),
+    "more layers than names fit into memory": (
+        lambda m: edit_json(m / "config.json", num_hidden_layers=10**12),
+        ["model/config.json", "num_hidden_layers=1000000000000 must be at most 10000"],
+    ),
+    "more layers than there are": (
+        lambda m: edit_json(m / "config.json", num_hidden_layers=9_999),
+        ["model.layers.2.", "is missing"],
+    ),
     "config is no JSON": (lambda m: (m / "config.json").write_text("{"), ["model/config.json", "not valid JSON"]),
     "no config": (lambda m: (m / "config.json").unlink(), ["model", "config.json"]),
     "truncated": (
@@ -355,11 +363,9 @@ def test_evaluate(stages, refused, tmp_path):
     evaluate(
         ["router: has no meaning without the arm routed"], stages.tuned, "--router", stages.tuned, "--arms", "dense"
     )
-    path = tmp_path / "labels.yaml"
-    path.write_text(
-        f"{{model: {stages.static}, data: {stages.data}, out: {tmp_path / 'out'}, labels: {{kind: energy}}}}"
-    )
-    refused(["labels:", "one choice for every token"], "evaluate", "--config", path)
+    evaluate(["agreement=true", "one choice for every token"], stages.static, "--agreement")
+    evaluate(["labels: have no meaning without agreement=true"], stages.tuned, "--labels.kind", "overlap")
+    evaluate(["agreement=true needs the arms dense and routed"], stages.tuned, "--agreement", "--arms", "dense")
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)
@@ -389,8 +395,14 @@ def test_generate(stages, refused):
 def test_generate_without_prompt_or_template(stages, model, refused, monkeypatch):
     monkeypatch.setattr("sys.stdin", iter(["\n"]))
     refused(["prompts: none given"], "generate", "--model", stages.tuned)
-    edit_json(model / "tokenizer_config.json", chat_template=None)
     argv = ["--model", model, "--prompts", "one", "--chat"]
+    for template, rule in (
+        ("{% if %}", "Expected an expression"),
+        ("{{ raise_exception('no system turn') }}", "no sys"),
+    ):
+        edit_json(model / "tokenizer_config.json", chat_template=template)
+        refused([model, "the chat template fails", rule], "generate", *argv, early=False)
+    edit_json(model / "tokenizer_config.json", chat_template=None)
     refused([model, "no chat template"], "generate", *argv, early=False)
 
 
@@ -400,6 +412,7 @@ def test_export_of_a_dense_model(stages, refused, tmp_path):
 
 def test_quickstart(refused, tmp_path):
     refused(["minutes=0.0 must be positive"], "quickstart", "--minutes", "0", "--out", tmp_path / "out")
+    refused(["seed=99999999999 must be in 0 .. 2**32 - 2"], "quickstart", "--seed", "99999999999")
     refused(["fraction=2.0 must be above 0 and at most 1"], "quickstart", "--fraction", "2", "--out", tmp_path / "out")
 
 

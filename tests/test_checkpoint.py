@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import threading
 
@@ -228,7 +229,7 @@ def test_what_does_not_fit_is_an_error(tmp_path, mesh):
         checkpoints.restore(3, more | {"third": {"w": jnp.ones(2)}})
 
 
-def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeypatch):
+def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeypatch, capfd, caplog):
     root = tmp_path / "c"
     checkpoints = saved(root, 3)
 
@@ -240,6 +241,17 @@ def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeyp
         checkpoints.save(4, phases(4))
         with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*No space left"):
             checkpoints.save(5, phases(5))
+    assert Checkpoints(root).find() == 3
+    capfd.readouterr()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # what the library itself fails at
+        checkpoints.save(4, phases(4))
+        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*File too large"):
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Traceback" not in capfd.readouterr().err + caplog.text
     assert Checkpoints(root).find() == 3
     (tmp_path / "file").write_text("")
     with pytest.raises(SaveError, match="checkpoint 1 cannot be written"):

@@ -176,6 +176,26 @@ def test_experts_without_router_need_ids(tmp_path):
     assert not torch.equal(made[0], made[1]) or not torch.equal(made[0], made[2])
 
 
+def test_more_tokens(exported, tmp_path):
+    """Tokens added to the vocabulary get a row in the router's table too, and the folder they are saved to opens."""
+    import torch
+
+    model = load_ours(exported[0])
+    ids = torch.as_tensor(token_ids())
+    before = model(ids)
+    model.resize_token_embeddings(V + 3)
+    after = model(ids)
+    torch.testing.assert_close(before.logits, after.logits[..., :V], atol=1e-5, rtol=0)
+    assert torch.equal(before.expert_ids, after.expert_ids)
+    assert model.route(torch.tensor([[3, V + 2]])).shape == (1, 2)
+    model.save_pretrained(tmp_path / "more")
+    again = load_ours(tmp_path / "more")
+    new = torch.tensor([[3, V + 2]])
+    assert torch.equal(again(new).logits, model(new).logits)
+    model.resize_token_embeddings(V)
+    torch.testing.assert_close(model(ids).logits, before.logits, atol=1e-5, rtol=0)
+
+
 def test_refused_calls(exported):
     import torch
 

@@ -153,13 +153,28 @@ def test_greedy_takes_the_first_of_equals():
 
 @pytest.mark.parametrize(
     "options",
-    [dict(top_p=0), dict(top_p=1.01), dict(top_k=-1), dict(temperature=-1), dict(max_new_tokens=0), dict(seed=-1)],
+    [dict(top_p=0.0), dict(top_p=1.01), dict(top_k=-1), dict(temperature=-1.0), dict(max_new_tokens=0), dict(seed=-1)],
     ids=str,
 )
 def test_options_out_of_range(options):
     (name, value) = next(iter(options.items()))
     with pytest.raises(ConfigError, match=f"{name}={value} must"):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("value", [None, "3", 2.5, True, float("nan"), np.array(3), [3]], ids=repr)
+@pytest.mark.parametrize("name", ["max_new_tokens", "top_k", "seed", "temperature", "top_p"])
+def test_options_of_another_kind(name, value):
+    if value == 2.5 and name in ("temperature", "top_p"):
+        value = float("inf")
+    with pytest.raises(ConfigError, match=f"{name}=.* must be a (whole|finite) number"):
+        Sampling(**{name: value})
+
+
+def test_options_of_numpy_are_those_of_python():
+    options = dict(max_new_tokens=np.int64(3), temperature=np.float32(0.5), top_k=np.int8(2), seed=np.uint32(7))
+    assert Sampling(**options) == Sampling(max_new_tokens=3, temperature=0.5, top_k=2, seed=7)
+    assert hash(Sampling(temperature=1)) == hash(Sampling(temperature=1.0))
 
 
 @pytest.mark.parametrize(

@@ -280,7 +280,7 @@ def test_parallel_experts_are_masked_ones(stages, tmp_path):
 
 def test_evaluate_against_logits(stages, tmp_path, capsys):
     """Losses and routing counts of the program against NumPy on the facade's logits and experts."""
-    config = {"model": stages.tuned, "data": stages.data, "out": tmp_path / "e", "mesh": {"data": 1}, "labels": {}}
+    config = {"model": stages.tuned, "data": stages.data, "out": tmp_path / "e", "mesh": {"data": 1}, "agreement": True}
     config["arms"] = ["dense", "own_domain", "routed"]
     (tmp_path / "e.yaml").write_text(json.dumps(config, default=str))
     evaluate.main(["--config", str(tmp_path / "e.yaml")])

@@ -42,7 +42,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         tied = experts.storage == "tied"
         require(tied or "dense" not in config.arms, "arm dense: separate storage has no dense form")
     many = experts is not None and experts.experts > 1
-    require(config.labels is None or many, f"labels: {config.model} has one choice for every token, nothing to label")
+    require(many or not config.agreement, f"agreement=true: {config.model} has one choice for every token")
     if config.router is not None:
         _, other, router_cfg = hf.read_config(config.router)
         same = other is not None and experts is not None and other.names == experts.names
@@ -63,7 +63,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         route = None
         if many and router_params is not None and router_cfg is not None:
             route = functools.partial(make_route(router_cfg, cfg.rope_theta), router.place(router_params))
-        losses = make_losses(cfg, config.labels)
+        losses = make_losses(cfg, config.labels if config.agreement else None)
         rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
         routing = Routing(len(records), experts.experts if experts else 1)
         start = Stopwatch()

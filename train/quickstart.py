@@ -70,8 +70,9 @@ def main(argv: list[str] | None = None) -> None:
     def measure(name: str, model: Path, arms: list[str], **options) -> None:
         evaluation = {"model": model, "data": f["data"], "out": f[f"evaluate_{name}"], "arms": arms, **one, **options}
         run.stage(f"evaluate_{name}", lambda: run.program(evaluate, **evaluation))
+        artifacts.verify(f[f"evaluate_{name}"], hashes=True)  # small, and its figures are the report
 
-    measure("untuned", f["carved"], ["dense", "own_domain", "routed"], router=f["tuned"], labels={})
+    measure("untuned", f["carved"], ["dense", "own_domain", "routed"], router=f["tuned"], agreement=True)
     measure("static", f["static"], ["routed"])
     measure("static_tuned", f["static_tuned"], ["routed"])
     measure("routed_tuned", f["tuned"], ["routed"])

@@ -208,6 +208,17 @@ class ReadMeMixin(PreTrainedModel):
         logits_BTE = router(input_ids, attention_mask, position_ids, cache)
         return logits_BTE.argmax(-1).to(torch.int32)
 
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As in transformers, for the router's table too: its new rows are the mean of the old ones."""
+        resized = super().resize_token_embeddings(*args, **kwargs)
+        router = getattr(self.readme, "router", None)
+        if router is not None:
+            old_VR = router.embedding.weight.data
+            more = max(resized.num_embeddings - len(old_VR), 0)
+            rows_VR = torch.cat((old_VR, old_VR.mean(0, keepdim=True).expand(more, -1)))[: resized.num_embeddings]
+            router.embedding = nn.Embedding.from_pretrained(rows_VR.clone(), freeze=False)
+        return resized
+
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -6,6 +6,7 @@ experts may lie apart, [E, C, D] in place of [F, D]: they run the `parallel` way
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import numpy as np
 
 from readme_jax.config import ConfigError, require
 from readme_jax.models import parallel
+from readme_jax.models.layers import flat
 from readme_jax.models.parallel import Parallel
 from readme_jax.routing import membership
 from readme_jax.sharding import REPLICATED, batch_devices, model_devices, put, spec
@@ -67,23 +69,31 @@ def make_table(table_LEC: np.ndarray, mlp: int) -> ExpertTable:
     return ExpertTable(put(table_LEC.astype(np.int32)), put(mask_LEU, spec("layer", "expert", "mlp")))
 
 
-def activate(x: jax.Array, layer, rows: slice | None = None) -> jax.Array:
-    """h = silu(x Wg) * (x Wu), the input of down_proj: [B, T, D] -> [B, T, F] (or the first U channels)."""
-    gate, up = (layer.w_gate[...], layer.w_up[...])
-    if rows is not None:
-        gate, up = gate[rows], up[rows]
-    gate_BTF = jnp.einsum("btd,fd->btf", x, gate.astype(x.dtype), out_sharding=HIDDEN)
-    up_BTF = jnp.einsum("btd,fd->btf", x, up.astype(x.dtype), out_sharding=HIDDEN)
-    if hasattr(layer, "b_gate"):
-        cut = slice(None) if rows is None else rows
-        gate_BTF += layer.b_gate[...][cut].astype(x.dtype)
-        up_BTF += layer.b_up[...][cut].astype(x.dtype)
-    return jax.nn.silu(gate_BTF) * up_BTF
+def activate(x_BTD: jax.Array, layer, keep_BTF: jax.Array | None = None, rows: slice = slice(None)) -> jax.Array:
+    """h = silu(x Wg) * (x Wu), the input of down_proj: [B, T, D] -> [B, T, F] (or the first U channels), 0 where
+    `keep_BTF` is False."""
+    (b, t, _), x_MD = x_BTD.shape, flat(x_BTD)
+    wide = [(layer.w_gate, getattr(layer, "b_gate", None)), (layer.w_up, getattr(layer, "b_up", None))]
+    parts = []
+    for w, bias in wide:
+        w_FD = w[...][rows].astype(x_MD.dtype)
+        y_MF = jnp.einsum("md,fd->mf", x_MD, w_FD, out_sharding=jax.P(HIDDEN[0], HIDDEN[2]))
+        y_MF = y_MF if bias is None else y_MF + bias[...][rows].astype(x_MD.dtype)
+        parts.append(jnp.reshape(y_MF, (b, t, w_FD.shape[0]), out_sharding=HIDDEN))
+    return _gated(*parts, keep_BTF)
 
 
-def _down(h_BTF: jax.Array, layer, rows: slice | None = None) -> jax.Array:
-    down = layer.w_down[...] if rows is None else layer.w_down[...][rows]
-    y_BTD = jnp.einsum("btf,fd->btd", h_BTF, down.astype(h_BTF.dtype), out_sharding=OUTPUT)
+# Nothing but gate and up is kept for the backward pass: what comes after costs less to compute than to store.
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, keep_BTF: jax.Array | None) -> jax.Array:
+    h_BTF = jax.nn.silu(gate_BTF) * up_BTF
+    return h_BTF if keep_BTF is None else jnp.where(keep_BTF, h_BTF, 0)
+
+
+def _down(h_BTF: jax.Array, layer, rows: slice = slice(None)) -> jax.Array:
+    (b, t, _), w_FD = h_BTF.shape, layer.w_down[...][rows].astype(h_BTF.dtype)
+    y_MD = jnp.einsum("mf,fd->md", flat(h_BTF), w_FD, out_sharding=jax.P(OUTPUT[0], None))
+    y_BTD = jnp.reshape(y_MD, (b, t, w_FD.shape[1]), out_sharding=OUTPUT)
     return y_BTD + layer.b_down[...].astype(h_BTF.dtype) if hasattr(layer, "b_down") else y_BTD
 
 
@@ -97,10 +107,9 @@ def dense(x_BTD: jax.Array, layer, table: ExpertTable | None = None, tap=None):
 def masked(x_BTD: jax.Array, layer, mask_EU: jax.Array, expert_BT: jax.Array) -> jax.Array:
     """All channels that any expert has, h multiplied by the token's membership (the reference's training form)."""
     used = mask_EU.shape[-1]
-    rows = None if used == layer.w_gate[...].shape[0] else slice(0, used)
-    h_BTU = activate(x_BTD, layer, rows)
+    rows = slice(None) if used == layer.w_gate[...].shape[0] else slice(0, used)
     keep_BTU = mask_EU.at[expert_BT].get(out_sharding=HIDDEN)
-    return _down(jnp.where(keep_BTU, h_BTU, 0), layer, rows)
+    return _down(activate(x_BTD, layer, keep_BTU, rows), layer, rows)
 
 
 @jax.custom_vjp

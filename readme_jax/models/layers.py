@@ -5,6 +5,7 @@ C channels of an expert, E experts, L layers, N query heads, K key/value heads, 
 V vocabulary, M flat tokens (B*T), U channels used by any expert, R router width.
 """
 
+import functools
 import math
 
 import jax
@@ -20,7 +21,20 @@ def rms_norm(x_BTD: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm in float32, cast back to the input dtype before the scale (as Hugging Face Llama)."""
     x32_BTD = x_BTD.astype(jnp.float32)
     x32_BTD = x32_BTD * jax.lax.rsqrt(jnp.mean(x32_BTD * x32_BTD, -1, keepdims=True) + eps)
-    return x32_BTD.astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+    # Broadcast in one go: its gradient is then one sum over B and T. With B of 1, `*` would leave B out of the sum, and
+    # XLA's CPU backend takes 25 times as long for that.
+    scale_D, place = scale_D.astype(x_BTD.dtype), jax.typeof(x_BTD).sharding
+    return x32_BTD.astype(x_BTD.dtype) * jax.lax.broadcast_in_dim(
+        scale_D, x_BTD.shape, (x_BTD.ndim - 1,), out_sharding=place
+    )
+
+
+def flat(x_BTD: jax.Array) -> jax.Array:
+    """[B, T, D] -> [M, D] with M = B * T. The gradient of a matmul's weight is then a sum over one axis; over two, XLA
+    transposes the whole activation first."""
+    batch, seq, width = jax.typeof(x_BTD).sharding.spec
+    assert seq is None, "tokens of a row lie together"
+    return jnp.reshape(x_BTD, (-1, x_BTD.shape[-1]), out_sharding=jax.P(batch, width))
 
 
 def linear(x_BTD: jax.Array, w_OD: jax.Array, b_O: jax.Array | None = None) -> jax.Array:
@@ -91,18 +105,61 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
     """Grouped-query attention, softmax in float32. mask_BTS: True where the query may see the key. Returns [B,T,N,H].
 
-    Query head n reads key head n // G. A row of the mask with no True gives a finite average, not NaN.
+    Query head n reads key head n // G. A row of the mask with no True gives a finite average, not NaN. The backward
+    pass computes the weights anew: kept, they would be N * T * S floats a layer.
     """
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
     # Said, because a reshape that adds or drops an axis of length 1 may lose the batch's place on the mesh.
     batch, _, heads, _ = jax.typeof(q_BTNH).sharding.spec
     q_BTKGH = jnp.reshape(q_BTNH, (b, t, k, n // k, h), out_sharding=jax.P(batch, None, heads, None, None))
-    score_BKGTS = jnp.einsum("btkgh,bskh->bkgts", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32) * scale
-    score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, jnp.float32(-1e30))
-    weight_BKGTS = jax.nn.softmax(score_BKGTS, axis=-1).astype(v_BSKH.dtype)
-    y_BTKGH = jnp.einsum("bkgts,bskh->btkgh", weight_BKGTS, v_BSKH)
+    # Rows of all queries of a key head together: both products are plain batched matmuls, none transposes T x S.
+    q_BKMH = jnp.reshape(
+        jnp.transpose(q_BTKGH, (0, 2, 3, 1, 4)), (b, k, -1, h), out_sharding=jax.P(batch, heads, None, None)
+    )
+    k_BKSH, v_BKSH = jnp.transpose(k_BSKH, (0, 2, 1, 3)), jnp.transpose(v_BSKH, (0, 2, 1, 3))
+    y_BKMH = _attend(q_BKMH, k_BKSH, v_BKSH, mask_BTS, scale)
+    y_BKGTH = jnp.reshape(y_BKMH, (b, k, n // k, t, h), out_sharding=jax.P(batch, heads, None, None, None))
+    y_BTKGH = jnp.transpose(y_BKGTH, (0, 3, 1, 2, 4))
     return jnp.reshape(y_BTKGH, (b, t, n, h), out_sharding=jax.P(batch, None, heads, None))
+
+
+def _weights(q_BKMH: jax.Array, k_BKSH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    """float32 softmax weights [B, K, M, S] of M = G * T query rows."""
+    (b, t, s), (_, k, m, _) = mask_BTS.shape, q_BKMH.shape
+    batch, heads, _, _ = jax.typeof(q_BKMH).sharding.spec
+    score_BKMS = jnp.einsum("bkmh,bksh->bkms", q_BKMH, k_BKSH, preferred_element_type=jnp.float32) * scale
+    score_BKGTS = jnp.reshape(score_BKMS, (b, k, m // t, t, s), out_sharding=jax.P(batch, heads, None, None, None))
+    score_BKGTS = jnp.where(mask_BTS[:, None, None], score_BKGTS, jnp.float32(-1e30))
+    return jnp.reshape(jax.nn.softmax(score_BKGTS), (b, k, m, s), out_sharding=jax.P(batch, heads, None, None))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend(q_BKMH: jax.Array, k_BKSH: jax.Array, v_BKSH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
+    weight_BKMS = _weights(q_BKMH, k_BKSH, mask_BTS, scale).astype(v_BKSH.dtype)
+    return jnp.einsum("bkms,bksh->bkmh", weight_BKMS, v_BKSH)
+
+
+def _attend_forward(q_BKMH, k_BKSH, v_BKSH, mask_BTS, scale):
+    y_BKMH = _attend(q_BKMH, k_BKSH, v_BKSH, mask_BTS, scale)
+    return y_BKMH, (q_BKMH, k_BKSH, v_BKSH, mask_BTS, y_BKMH)
+
+
+def _attend_backward(scale, saved, grad_BKMH):
+    # The backward pass of FlashAttention (Dao et al. 2022, appendix B.4), not tiled: the sum over S of the softmax's
+    # gradient is a sum over H of y * dy.
+    q_BKMH, k_BKSH, v_BKSH, mask_BTS, y_BKMH = saved
+    weight_BKMS = _weights(q_BKMH, k_BKSH, mask_BTS, scale)
+    grad_v = jnp.einsum("bkms,bkmh->bksh", weight_BKMS.astype(grad_BKMH.dtype), grad_BKMH)
+    sum_BKM1 = jnp.sum(grad_BKMH.astype(jnp.float32) * y_BKMH.astype(jnp.float32), -1, keepdims=True)
+    grad_BKMS = jnp.einsum("bkmh,bksh->bkms", grad_BKMH, v_BKSH, preferred_element_type=jnp.float32)
+    score_BKMS = (weight_BKMS * (grad_BKMS - sum_BKM1) * scale).astype(q_BKMH.dtype)
+    grad_q = jnp.einsum("bkms,bksh->bkmh", score_BKMS, k_BKSH)
+    grad_k = jnp.einsum("bkms,bkmh->bksh", score_BKMS, q_BKMH)
+    return grad_q, grad_k, grad_v, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def packed_mask(segments_BT: jax.Array) -> jax.Array:
