@@ -244,8 +244,8 @@ def _share(program: Program) -> None:
             for value in (v for v in op.outs if v.stored and v.home is None):
                 for source in _sources(value):
                     root = source.root()
-                    fits = source.size == value.size and source.region == value.region and not root.argument
-                    if fits and source.last == value.born and root is not value:
+                    fits = (source.size, source.shape, source.region) == (value.size, value.shape, value.region)
+                    if fits and not root.argument and source.last == value.born and root is not value:
                         value.home = source
                         break
 
