@@ -126,6 +126,7 @@ class Program:
         self.values: list[Value] = []
         self.ends: dict[Region, int] = {}
         self.region: Region = ()
+        self.computed: dict[tuple, list[Value]] = {}
         self.inferred: dict[tuple[int, ...], int] = {}
         self.infer(closed.jaxpr)
         self.arguments = [self.of(v.aval, argument=True) for v in closed.jaxpr.invars]
@@ -204,11 +205,18 @@ class Program:
             ins = [*ins[0].maker.ins, ins[1]]  # XLA computes (a / b) / c as a / (b * c)
         if name == "dot_general":
             ins = [self.turned(value, eqn, side) for side, value in enumerate(ins)]
+        # What was computed before from the same operands is not computed again: XLA merges the two. (Recomputation for
+        # the backward pass is in another loop, another region.)
+        literals = tuple(str(v) for v in eqn.invars if isinstance(v, core.Literal))
+        key = (name, self.region, tuple(map(id, ins)), literals, str(params), tuple(map(str, made)))
+        if key in self.computed and not eqn.effects:
+            return list(self.computed[key])
         outs = [self.of(aval) for aval in made]
         self.op(name, ins, outs)
         if summed(eqn):
             parts, outs = outs, [self.of(aval) for aval in made]
             self.op("sum over devices", parts, outs)
+        self.computed[key] = list(outs)
         return list(outs)
 
     def turned(self, value: Value | None, eqn: Any, side: int) -> Value | None:
@@ -221,9 +229,11 @@ class Program:
         wanted = [ends[side]] if batch or (self.cpu and side == 0) else ends
         if value is None or (tuple(batch) == tuple(range(first)) and tuple(contracted) in wanted):
             return value
-        copy = self.value(value.size, shape=value.shape)
-        self.op("transpose", [value], [copy])
-        return copy
+        key = ("turned", id(value), self.region, side, contracted, batch)
+        if key not in self.computed:
+            self.computed[key] = [self.value(value.size, shape=value.shape)]
+            self.op("transpose", [value], self.computed[key])
+        return self.computed[key][0]
 
     def loop(self, body: Any, consts, inputs, carries: int, made: list[Any]) -> list[Value | None]:
         """One turn of a loop: `inputs` are the initial carries, then what is sliced; `made`: types of the results."""
