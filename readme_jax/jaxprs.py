@@ -16,7 +16,7 @@ LAYOUT = frozenset("broadcast_in_dim iota pad slice dynamic_slice concatenate sp
 CHEAP = frozenset(
     "add add_any sub mul neg max min abs sign select_n convert_element_type ge gt le lt eq ne and or not xor square "
     "clamp floor ceil round is_finite shift_left shift_right_logical shift_right_arithmetic reduce_precision "
-    "bitcast_convert_type rem integer_pow".split()
+    "bitcast_convert_type rem integer_pow one_minus_square".split()
 )
 COSTLY = frozenset("exp exp2 expm1 log log1p logistic tanh div sqrt rsqrt cbrt pow sin cos erf".split())
 FUSED = LAYOUT | CHEAP | COSTLY | {"carry in", "carry out", "stack", "take"}
@@ -117,6 +117,19 @@ def summed(eqn: Any) -> bool:
     return False
 
 
+def opened(jaxpr: Any) -> Any:
+    """The jaxpr inside a closed one."""
+    return getattr(jaxpr, "jaxpr", jaxpr)
+
+
+def scanned(params: dict[str, Any]) -> tuple[int, int]:
+    """Number of (constants, carries) of a scan. From jax 0.12 on they are counted by trees."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carries, _ = params["ft_in"].unpack()
+    return len(consts), len(carries)
+
+
 class Program:
     """A jaxpr as one list of operations in order, with calls and one turn of every loop in place."""
 
@@ -183,21 +196,20 @@ class Program:
         """Append one equation; the values of its results."""
         name, params, made = eqn.primitive.name, eqn.params, [v.aval for v in eqn.outvars]
         if name in CALLS and CALLS[name] in params:
-            inner = params[CALLS[name]]
-            return self.run(getattr(inner, "jaxpr", inner), ins)
+            return self.run(opened(params[CALLS[name]]), ins)
         if name == "scan":
-            first, carries = params["num_consts"], params["num_carry"]
+            first, carries, body = *scanned(params), opened(params["jaxpr"])
             if params["length"] == 1:  # XLA takes the loop away
-                return self.run(params["jaxpr"].jaxpr, ins)
-            return self.loop(params["jaxpr"].jaxpr, ins[:first], ins[first:], carries, made)
+                return self.run(body, ins)
+            return self.loop(body, ins[:first], ins[first:], carries, made)
         if name == "while":
             first = params["cond_nconsts"] + params["body_nconsts"]
-            body = params["body_jaxpr"].jaxpr
+            body = opened(params["body_jaxpr"])
             return self.loop(body, ins[params["cond_nconsts"] : first], ins[first:], len(made), made)
         if name == "cond":
             outs = [self.of(aval) for aval in made]
             for branch in params["branches"]:
-                self.op("join", self.run(branch.jaxpr, ins[1:]), outs)
+                self.op("join", self.run(opened(branch), ins[1:]), outs)
             return list(outs)
         if name in RENAMED and ins[0] is not None and list(map(self.size, made)) == [ins[0].size]:
             return [ins[0]]
