@@ -21,6 +21,7 @@ STAGES = {
     "calibrate": ("readme_jax.train.calibrate", "activation statistics of the FFN channels by domain"),
     "carve": ("readme_jax.train.carve", "statistics into experts: a permuted model and its expert table"),
     "separate": ("readme_jax.train.separate", "tied experts into experts that own their rows"),
+    "plan": ("readme_jax.train.plan", "what a run of alternate will need: memory, FLOPs, hours, and whether it fits"),
     "alternate": ("readme_jax.train.alternate", "train router and experts in turns"),
     "evaluate": ("readme_jax.train.evaluate", "perplexity by domain and routing statistics on held-out text"),
     "generate": ("readme_jax.infer.generate", "text from a dense or carved model"),

@@ -17,6 +17,7 @@ ORDER = """
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
+    accelerators abstract jaxprs liveness planning
     generation export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)

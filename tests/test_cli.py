@@ -125,6 +125,7 @@ def test_stages(monkeypatch, capsys):
         "calibrate",
         "carve",
         "separate",
+        "plan",
         "alternate",
         "evaluate",
         "generate",

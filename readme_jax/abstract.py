@@ -1,0 +1,190 @@
+"""The steps of a training run on shapes alone: what is measured ahead, and lowered for pods that are not here.
+
+Everything is placed on the current mesh, which may be abstract (`jax.sharding.use_abstract_mesh`): no weights are read,
+no array is made, and a 70 B model takes as long as a small one, since layers are stacked.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax import optim, steps
+from readme_jax.alternate import AlternateConfig
+from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.losses import HeadLoss
+from readme_jax.models import backbone, parallel, router
+from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
+from readme_jax.routing import bucket, ladder
+from readme_jax.sharding import REPLICATED, batch_devices, expert_devices, model_devices, spec
+
+MICRO = jax.P(None, *spec("batch", "seq"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What decides the shapes of a run. seq: tokens of a record. used: U, the channels that any expert has (0: all F).
+
+    router: the router's size, None for a model with one expert. skew: how many times its fair share of rows a device
+    may send to one peer in the `parallel` step that is planned; the real ladder goes on to the worst case.
+    """
+
+    config: AlternateConfig
+    model: ModelConfig
+    experts: ExpertConfig
+    router: RouterConfig | None
+    seq: int
+    used: int = 0
+    skew: float = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A jitted function and the shapes of its arguments, the first of which is given up to it if `donates`.
+
+    held: how many of the arguments, from the first, are on the devices between steps too; the others are a batch.
+    """
+
+    function: Any
+    arguments: tuple
+    donates: bool
+    held: int
+
+    @property
+    def donated(self) -> int:
+        """Arrays given up."""
+        return len(jax.tree.leaves(self.arguments[0])) if self.donates else 0
+
+    def trace(self) -> Any:
+        """The step traced on the current mesh."""
+        return self.function.trace(*self.arguments)
+
+
+def current_mesh() -> Any:
+    """The mesh in force: devices where there are some, else the abstract one."""
+    mesh = jax.sharding.get_mesh()
+    return jax.sharding.get_abstract_mesh() if mesh.empty else mesh
+
+
+def shaped(shape: tuple[int, ...], dtype: Any, partition: jax.P = REPLICATED) -> Any:
+    """A placed array that is not there. One entry a dimension, as `sharding.put` writes it."""
+    whole = jax.P(*partition, *(None,) * (len(shape) - len(partition)))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(current_mesh(), whole))
+
+
+def parameters(run: Run) -> Any:
+    """The backbone at rest, float32."""
+    specs, shapes = backbone.param_specs(run.model), backbone.abstract_params(run.model)
+    if run.config.experts.way == "parallel":
+        specs = parallel.separate_specs(specs)
+        shapes = parallel.separate_layout(shapes, run.experts.experts)
+    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), shapes, specs)
+
+
+def router_parameters(run: Run) -> Any:
+    """The router at rest, float32."""
+    assert run.router is not None
+    shapes = router.abstract_params(run.router, run.model.vocab, run.experts.experts)
+    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), shapes, router.param_specs(shapes))
+
+
+def phase(params: Any, tx: Any) -> steps.Phase:
+    """`steps.start` on shapes: the optimizer state lies as its parameter does."""
+    state = jax.eval_shape(tx.init, params)
+    state = jax.tree.map(lambda a: shaped(a.shape, a.dtype, a.sharding.spec if a.sharding else REPLICATED), state)
+    return steps.Phase(shaped((), jnp.int32), params, state)
+
+
+def table(run: Run) -> ExpertTable:
+    """The expert table; with channels over `model`, U is F."""
+    cfg, experts = run.model, run.experts
+    used = cfg.mlp if model_devices() > 1 else run.used or cfg.mlp
+    mask = shaped((cfg.layer, experts.experts, used), jnp.bool_, spec("layer", "expert", "mlp"))
+    return ExpertTable(shaped((cfg.layer, experts.experts, experts.channels), jnp.int32), mask)
+
+
+def tokens(accum: int, batch: int, seq: int) -> dict[str, Any]:
+    """ids and segments of a batch."""
+    return {name: shaped((accum, batch, seq), jnp.int32, MICRO) for name in ("ids", "segments")}
+
+
+def route_of(run: Run) -> Route:
+    """The route of an expert batch: of `grouped` for equal shares, of `parallel` on the rung for `skew`."""
+    chosen, count = run.config.experts, run.experts.experts
+    shape = (chosen.accum, chosen.batch, run.seq)
+    if chosen.way == "masked":
+        return Masked(shaped(shape, jnp.int32, MICRO))
+    if chosen.way == "parallel":
+        peers = expert_devices()
+        each = chosen.batch * run.seq // batch_devices()
+        sizes = ladder(each, peers)
+        rung = int(np.searchsorted(sizes, min(run.skew * each / peers, each)))
+        return parallel.abstract_routes(shape, count)[rung]
+    rows, groups = _groups(chosen.batch * run.seq, count)
+    return Grouped(
+        shaped((chosen.accum, groups, rows), jnp.int32),
+        shaped((chosen.accum, groups), jnp.int32),
+        shaped((chosen.accum, chosen.batch * run.seq), jnp.int32),
+    )
+
+
+def _groups(count: int, experts: int) -> tuple[int, int]:
+    """(rows, groups) that `steps.plan` makes of `count` tokens, were every expert to leave half a group empty."""
+    rows = max(32, -(-count // (2 * experts) // 32) * 32)
+    return rows, bucket(-(-count // rows) + experts // 2, 1)
+
+
+def check(run: Run) -> None:
+    """The rules of the training program that shapes decide, in its words: ConfigError."""
+    config, tied = run.config, run.experts.storage == "tied"
+    backbone.param_specs(run.model)
+    for name, one in (("router", config.router), ("experts", config.experts)):
+        fits = one.batch % batch_devices() == 0 or not one.steps
+        require(fits, f"{name}.batch={one.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
+    way, devices = config.experts.way, batch_devices() * model_devices()
+    require(devices == 1 or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
+    alone = run.experts.experts == 1
+    require(not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert")
+    require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
+    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
+    require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
+    size, cached = config.router.label_batch, config.router.steps and config.router.teacher == "original"
+    fits = not cached or size % batch_devices() == 0
+    require(fits, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+
+
+def train_steps(run: Run) -> dict[str, Step]:
+    """The jitted functions that a run calls, by name: label, router, route, experts; those it does not call are left
+    out. Same functions, same order of arguments as in train/alternate.py."""
+    check(run)
+    config, cfg, dtype = run.config, run.model, jnp.dtype(run.config.dtype)
+    tuning, chosen = config.router, config.experts
+    params, experts = parameters(run), table(run)
+    student, frozen = steps.split_tuned(params, chosen.tuned)
+    found: dict[str, Step] = {}
+    if run.router is not None:
+        tx = optim.make(tuning.optim, tuning.steps)
+        choosing = phase(router_parameters(run), tx)
+        if tuning.steps:
+            rows = tuning.label_batch if tuning.teacher == "original" else tuning.batch
+            pair = [shaped((rows, run.seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]
+            found["label"] = Step(steps.make_label(cfg, tuning.labels, dtype), (params, experts, *pair), False, 2)
+            batch = tokens(tuning.accum, tuning.batch, run.seq)
+            shape = (tuning.accum, tuning.batch, run.seq, run.experts.experts)
+            batch["target"] = shaped(shape, jnp.float32, jax.P(*MICRO, None))
+            step = steps.make_router_step(run.router, cfg.rope_theta, tx)
+            found["router"] = Step(step, (choosing, batch), True, 1)
+        if chosen.steps:
+            batch = tokens(chosen.accum, chosen.batch, run.seq)
+            route = steps.make_route(run.router, cfg.rope_theta)
+            found["route"] = Step(route, (choosing.params, batch["ids"], batch["segments"]), False, 1)
+    if chosen.steps:
+        tx = optim.make(chosen.optim, chosen.steps)
+        head = HeadLoss(chosen.kd_weight, chosen.ce_weight, chosen.head_chunk)
+        step = steps.make_expert_step(cfg, head, tx, dtype=dtype, remat=chosen.remat)
+        batch = tokens(chosen.accum, chosen.batch, run.seq) | {"route": route_of(run)}
+        teacher = params if chosen.kd_weight else None
+        found["experts"] = Step(step, (phase(student, tx), frozen, teacher, experts, batch), True, 4)
+    return found

@@ -1,0 +1,196 @@
+"""`readme-jax plan`: what it prints, what it refuses, and what it needs, which is a config.json and no device."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import pytest
+import sizes
+import yaml
+
+from readme_jax import flops, hf, planning, steps
+from readme_jax.alternate import AlternateConfig
+from readme_jax.config import ConfigError, load_yaml
+from readme_jax.sharding import MeshConfig, use_mesh
+from readme_jax.train import alternate, plan
+
+PAPER = Path(__file__).resolve().parents[1] / "configs" / "llama2-7b-paper" / "alternate.yaml"
+TERMS = ("weights", "optimizer", "activations", "buffers")
+
+
+@pytest.fixture(scope="module")
+def llama2(tmp_path_factory) -> Path:
+    """A folder that holds the config.json of Llama-2-7B and nothing else."""
+    folder = tmp_path_factory.mktemp("llama2-7b")
+    (folder / "config.json").write_text(json.dumps(hf.config_to_hf(sizes.MODELS["llama2-7b"], {})))
+    return folder
+
+
+def planned(tmp_path, *args) -> dict:
+    path = tmp_path / "plan.json"
+    plan.main([*map(str, args), "--json", str(path)])
+    return json.loads(path.read_text())
+
+
+def test_the_papers_run(llama2, tmp_path, capsys):
+    """Sixteen chips that are not here. Parameters and tokens are the paper's; memory adds up."""
+    made = planned(tmp_path, PAPER, "--accelerator", "v5p", "--model", llama2, "--seq", "4096")
+    assert made["devices"] == 16 and made["peak"]["fits"] and made["levers"] == []
+    assert made["parameters"]["backbone"] == 6_738_415_616  # Meta's count
+    assert made["parameters"]["active"] == 6_738_415_616 - 32 * 3 * 4096 * 5504
+    assert made["parameters"]["router"] == pytest.approx(17.97e6, rel=0.01)
+    assert made["tokens"] == {"router": 8 * 100 * 64 * 4096, "experts": 8 * 200 * 128 * 4096}  # 1.04 B
+    assert list(made["memory"]) == ["label", "router", "route", "experts"] and made["peak"]["step"] == "experts"
+    for each in made["memory"].values():
+        assert each["total"] == sum(each[term] for term in TERMS) and min(each.values()) > 0
+    # float32 at rest over 16 devices: the model as carved, its tuned copy, two moments of it
+    experts = made["memory"]["experts"]
+    assert experts["weights"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
+    assert experts["optimizer"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
+    assert experts["buffers"] > 4 * 6.738e9 / 16  # the gradients among them
+    run, _ = plan.read_run(config := load_plan(llama2))
+    each = flops.train_flops_per_token(run.model, run.experts, config.experts, 4096)
+    assert made["flops"]["experts"] == each * made["tokens"]["experts"]
+    assert made["hours"]["experts"] == pytest.approx(made["flops"]["experts"] / (16 * 459e12 * 0.4) / 3600)
+    shown = capsys.readouterr().out
+    for words in ("16 x v5p", "6.738 B, 4.574 B of them active", "838,860,800", "MFU of 40%", "fits: the experts step"):
+        assert words in shown
+
+
+def load_plan(model: Path, **changes) -> plan.PlanConfig:
+    config = load_yaml(plan.PlanConfig, PAPER)
+    return dataclasses.replace(config, model=model, seq=4096, **changes)
+
+
+def test_a_run_that_cannot_fit_is_refused_with_the_biggest_lever(llama2, tmp_path, capsys):
+    args = [
+        PAPER,
+        "--accelerator",
+        "v5e",
+        "--model",
+        llama2,
+        "--seq",
+        "4096",
+        "--mesh.data",
+        "8",
+        "--router.steps",
+        "0",
+    ]
+    with pytest.raises(planning.PlanError) as refused:
+        planned(tmp_path, *args)
+    made = json.loads((tmp_path / "plan.json").read_text())  # the plan is there all the same
+    assert not made["peak"]["fits"] and "does NOT fit" in capsys.readouterr().out
+    message, first = str(refused.value), made["levers"][0]
+    assert "\n" not in message and "its experts step needs" in message and "v5e has 14.400 GB to use" in message
+    assert f"biggest lever: {first['setting']} ({first['bytes'] / 1e9:.3f} GB)" in message
+    assert made["peak"]["bytes"] > first["bytes"] and made["levers"][-1]["bytes"] <= made["peak"]["usable"]
+    # with it the plan is what was said
+    axis, value = first["setting"].split("=")
+    changed = planned(tmp_path, *args, f"--{axis}", value, "--accelerator", "v5p")
+    assert changed["peak"]["bytes"] == first["bytes"]
+
+
+def test_levers_on_the_same_devices(llama2):
+    """Where activations are kept, not keeping them is the biggest; with the devices given, none asks for more."""
+    run, _ = plan.read_run(load_plan(llama2, mesh=MeshConfig(data=8)))
+    config = run.config
+    kept, off = dataclasses.replace(config.experts, remat="none"), dataclasses.replace(config.router, steps=0)
+    run = dataclasses.replace(run, config=dataclasses.replace(config, experts=kept, router=off))
+    found = [lever.setting for lever in planning.levers(run, "gpu", 10**15, more=False)]
+    assert found[:2] == ["experts.remat=full", "experts.batch=8 experts.accum=16"]
+    assert [setting for setting in found if setting.startswith("mesh.")] == ["mesh.data=4 mesh.model=2"]
+    assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
+
+
+def test_a_carved_folder_and_its_data(stages, tmp_path):
+    """The YAML of a run as it is: lengths and records from the data folder, U from the table."""
+    path = stages.yaml("alternate", tmp_path / "out")
+    made = planned(tmp_path, path, "--accelerator", "h100")
+    assert made["devices"] == 1 and made["tokens"]["experts"] == 2 * 2 * 2 * 32
+    assert made["tokens"]["labels"] <= made["tokens"]["router"] == 2 * 2 * 2 * 32
+    config = load_yaml(plan.PlanConfig, path)
+    run, records = plan.read_run(config)
+    assert run.seq == 32 and 0 < run.used <= 48 and records > 0
+
+
+def test_resident_memory_is_what_the_program_places(stages, tmp_path, monkeypatch):
+    """Arrays that the training program hands to its steps, byte for byte."""
+    path, held = stages.yaml("alternate", tmp_path / "out"), {}
+
+    def stops(name, *terms):
+        def make(*_, **__):
+            def step(*args):
+                held.update({f"{name} {term}": value for term, value in zip(terms, args)})
+                if name == "experts":
+                    raise InterruptedError
+                return args[0], {"loss": 0.0}
+
+            return step
+
+        monkeypatch.setattr(steps, f"make_{name.removesuffix('s')}_step", make)
+
+    stops("router", "phase")
+    stops("experts", "phase", "frozen", "teacher", "table")
+    with pytest.raises(InterruptedError):
+        alternate.main(["--config", path])
+    run, _ = plan.read_run(load_yaml(plan.PlanConfig, path))
+    with use_mesh(run.config.mesh):
+        weights, optimizer = planning.resident(run)
+    phases = held["router phase"], held["experts phase"]
+    assert optimizer == nbytes([phase.opt_state for phase in phases])
+    assert weights == nbytes([[p.params for p in phases], held["experts teacher"], held["experts table"]])
+
+
+def nbytes(tree) -> int:
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--accelerator", "v9"], r"accelerator='v9' is not known \(known: v4, v5e"),
+        ([], r"accelerator='' is not known"),
+        (["--accelerator", "v5p", "--devices", "8"], r"mesh data=16 expert=1 model=1 needs 16 devices, devices=8"),
+        (["--accelerator", "v5p", "--mesh.data", "0"], r"mesh\.data=0 takes all devices: say devices, or mesh\.data"),
+        (["--accelerator", "v5p", "--mesh.data", "32"], r"router\.batch=16 must be a multiple of the mesh's 32"),
+        (["--accelerator", "v5p", "--seq", "8192"], r"seq=8192 exceeds the model's context of 4096"),
+        (["--accelerator", "v5p", "--seq", "0"], r"seq: say it, there is no result in data=runs/llama2-7b/data yet"),
+        (["--accelerator", "v5p", "--mfu", "40"], r"mfu=40\.0 must be above 0 and at most 1"),
+        (["--accelerator", "v5p", "--experts.way", "parallel"], r"router\.steps needs labels of a dense run"),
+    ],
+    ids=str,
+)
+def test_bad_input(llama2, args, message):
+    seq = [] if "--seq" in args else ["--seq", "4096"]
+    with pytest.raises(ConfigError, match=message):
+        plan.main([str(PAPER), "--model", str(llama2), *seq, *args])
+
+
+def test_separate_experts_are_planned_from_a_bare_config(llama2, tmp_path):
+    args = ["--experts.way", "parallel", "--router.steps", "0", "--carve-experts", "8", "--mesh.expert", "8"]
+    file = llama2 / "config.json"
+    made = planned(tmp_path, PAPER, "--accelerator", "v5p", "--model", file, "--seq", "4096", "--mesh.data", "2", *args)
+    assert made["mesh"] == {"data": 2, "expert": 8, "model": 1} and list(made["memory"]) == ["route", "experts"]
+    # eight experts of half of the FFN: four FFNs in all, one half of them for a token
+    dense = 6_738_415_616
+    assert made["parameters"]["backbone"] == dense + 3 * 32 * 3 * 4096 * 11008
+    assert made["parameters"]["active"] == dense - 32 * 3 * 4096 * 5504
+
+
+def test_every_config_of_the_paper_is_of_one_chain():
+    """What a stage reads is what an earlier one writes; the schedule is Table 2's."""
+    configs = PAPER.parent
+    made = {p.stem: yaml.safe_load(p.read_text()) for p in configs.glob("*.yaml")}
+    assert set(made) == {"import", "data", "calibrate", "carve", "alternate", "evaluate"}
+    written = {each["out"] for each in made.values()}
+    for each in made.values():
+        assert {each[key] for key in ("model", "data", "statistics") if isinstance(each.get(key), str)} <= written
+    config = load_yaml(AlternateConfig, PAPER)
+    router, experts = config.router, config.experts
+    assert (config.rounds, router.steps, experts.steps) == (8, 100, 200)
+    assert (router.batch * router.accum, experts.batch * experts.accum) == (64, 128)
+    assert (router.optim.lr, experts.optim.lr, experts.optim.round_decay) == (5e-4, 5e-5, 0.8)
+    assert (experts.kd_weight, experts.ce_weight, made["data"]["data"]["seq"]) == (0, 1, 4096)
+    tokens = made["data"]["data"]["train_tokens"] * len(made["data"]["data"]["domains"])
+    assert tokens >= 8 * 200 * 128 * 4096 and made["data"]["data"]["calibration_tokens"] == 16 * 4096
