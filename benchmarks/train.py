@@ -11,9 +11,10 @@ ratio is the median over turns of tokens/s of `program` over those of another wa
 - alone: batches placed before the clock starts, each step waited for: what the device itself needs;
 - PyTorch (`--torch`): the same step of `torch_reference.py`, autocast where `--dtype` is bfloat16. Losses must agree.
 
-Shares of the program's wall time: `host_share` and `data_wait_share` are those it writes to timing.jsonl itself;
-`outside_share` is 1 - alone / program, measured independently of them and as noisy as the machine. Below zero it says
-that the program hides work behind the device which `alone` does not.
+Shares of the program's wall time: `host` and `data` are the `host_share` and `data_wait_share` that it writes to
+timing.jsonl itself. Beside them, measured independently: `thread`, the CPU time of the loop's thread, which bounds its
+work from above (a CPU device runs small programs in it too); and `outside`, 1 - alone / program, as noisy as the
+machine: below zero the program hides work behind the device which `alone` does not.
 
 Tokens and router labels are drawn: no step's time depends on them, but for `--way grouped`, whose groups do. On an
 accelerator MFU is useful FLOPs over the bf16 peak, and memory the peak that the device reports; on a CPU, which reports
@@ -59,7 +60,8 @@ def pytorch(s: Setup, device: str, dtype: str) -> Callable[[str, int], float]:
             hf.save_params(writer, s.cfg, s.host)
     kind = torch.device(device)
     with kind:
-        model = reference.load(folder).to(device=kind)
+        model = reference.load(folder)
+        torch.nn.Module.to(model, kind)
         masks_LEF = torch.tensor(carve.membership(s.table_LEC, s.cfg.mlp).astype(np.float32))
         module = reference.Router(s.cfg.vocab, s.router_cfg.width, s.router_cfg.heads, EXPERTS, s.cfg.rope_theta)
         module.fill(s.router)
@@ -104,8 +106,8 @@ def measure(s: Setup, name: str, args: argparse.Namespace, other: Callable[[str,
     said: dict[str, float] = {}
 
     def program(first: int) -> float:
-        seconds, timing = s.program(name, first, args.steps)
-        said.update({key: timing[f"time/{key}"] for key in ("host_share", "data_wait_share")})
+        seconds, shares = s.program(name, first, args.steps)
+        said.update(shares)
         return seconds
 
     def torch(first: int) -> float:
@@ -192,13 +194,17 @@ def main() -> None:
         print(f"{args.model}, {args.batch} records of {args.seq} tokens, {args.dtype}, {s.device.device_kind}")
         warm_up(s, other, TOLERANCE[args.dtype])
         ways = ("program", "plain", "alone", *(["torch"] if other else []))
-        print(f"{'tokens/s':9}{''.join(f'{way:>9}' for way in ways)}{'ratio':>7}  host   data  outside")
+        print(
+            f"{'tokens/s':9}{''.join(f'{way:>9}' for way in ways)}{'ratio':>7}{'host':>7}{'data':>7}{'thread':>7}{'outside':>8}"
+        )
         for name, short in (("router", "router_step"), ("experts", "expert_step")):
             got = measure(s, name, args, other)
             got["memory_gb"], got["plan_gb"] = s.memory(name)
             figures |= {f"{short}_{key}": value for key, value in got.items()}
             rates = "".join(f"{got[f'{way}_tokens_per_s']:9.0f}" for way in ways)
-            shares = "".join(f"{got[key]:7.1%}" for key in ("host_share", "data_wait_share", "outside_share"))
+            shares = "".join(
+                f"{got[key]:7.1%}" for key in ("host_share", "data_wait_share", "thread_share", "outside_share")
+            )
             print(f"{name:9}{rates}{got['ratio']:7.3f}{shares}", flush=True)
             print(f"{'':9}ratio {got['ratio_low']:.3f} to {got['ratio_high']:.3f}", end="")
             print(f", memory {got['memory_gb']:.3f} GB, plan {got['plan_gb']:.3f}", end="")

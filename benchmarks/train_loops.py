@@ -143,7 +143,8 @@ class Setup:
     # ---- the loops: each runs 1 + count steps from `first` and gives the seconds of one of the last `count`
 
     def program(self, name: str, first: int, count: int) -> tuple[float, dict[str, float]]:
-        """As train/alternate.py runs them; what the last step's line of timing.jsonl says beside the seconds."""
+        """As train/alternate.py runs them. Beside the seconds: shares of the last line of timing.jsonl, and the share
+        of the wall time that the loop's own thread was at work."""
         pace = Pace(inline=self.device.platform == "cpu")
 
         def batch_of(tick: int) -> dict[str, jax.Array]:
@@ -162,7 +163,7 @@ class Setup:
             for tick in range(begin, begin + count + 1):
                 if tick == begin + 1:
                     watch.flush()
-                    start = time.perf_counter()
+                    start, busy = time.perf_counter(), time.thread_time()
                 if self.config.at(tick)[0] == "router":
                     batch = ahead(tick)
                     with pace.calling():
@@ -175,8 +176,10 @@ class Setup:
                 watch.step(tick, values)
                 agreement.step(int(timer.due()))
             watch.flush()
-            seconds = (time.perf_counter() - start) / count
-            return seconds, read_metrics(Path(room) / "timing.jsonl")[-1]
+            busy, seconds = time.thread_time() - busy, time.perf_counter() - start
+            said = read_metrics(Path(room) / "timing.jsonl")[-1]
+            shares = {key: said[f"time/{key}"] for key in ("host_share", "data_wait_share")}
+            return seconds / count, shares | {"thread_share": busy / seconds}
 
     def placed(self, name: str, number: int) -> dict[str, jax.Array]:
         """The batch of a phase's step: ids, segments, and the router's target."""
