@@ -194,18 +194,17 @@ def main() -> None:
         print(f"{args.model}, {args.batch} records of {args.seq} tokens, {args.dtype}, {s.device.device_kind}")
         warm_up(s, other, TOLERANCE[args.dtype])
         ways = ("program", "plain", "alone", *(["torch"] if other else []))
-        print(
-            f"{'tokens/s':9}{''.join(f'{way:>9}' for way in ways)}{'ratio':>7}{'host':>7}{'data':>7}{'thread':>7}{'outside':>8}"
-        )
+        heads = "".join(f"{way:>9}" for way in ways)
+        print(f"{'tokens/s':9}{heads}{'ratio':>8}{'host':>8}{'data':>8}{'thread':>8}{'outside':>8}")
         for name, short in (("router", "router_step"), ("experts", "expert_step")):
             got = measure(s, name, args, other)
             got["memory_gb"], got["plan_gb"] = s.memory(name)
             figures |= {f"{short}_{key}": value for key, value in got.items()}
             rates = "".join(f"{got[f'{way}_tokens_per_s']:9.0f}" for way in ways)
             shares = "".join(
-                f"{got[key]:7.1%}" for key in ("host_share", "data_wait_share", "thread_share", "outside_share")
+                f"{got[key]:8.1%}" for key in ("host_share", "data_wait_share", "thread_share", "outside_share")
             )
-            print(f"{name:9}{rates}{got['ratio']:7.3f}{shares}", flush=True)
+            print(f"{name:9}{rates}{got['ratio']:8.3f}{shares}", flush=True)
             print(f"{'':9}ratio {got['ratio_low']:.3f} to {got['ratio_high']:.3f}", end="")
             print(f", memory {got['memory_gb']:.3f} GB, plan {got['plan_gb']:.3f}", end="")
             print(f", MFU {got['mfu']:.1%}" if s.peak else "", flush=True)
