@@ -14,7 +14,8 @@ ratio is the median over turns of tokens/s of `program` over those of another wa
 Shares of the program's wall time: `host` and `data` are the `host_share` and `data_wait_share` that it writes to
 timing.jsonl itself. Beside them, measured independently: `thread`, the CPU time of the loop's thread, which bounds its
 work from above (a CPU device runs small programs in it too); and `outside`, 1 - alone / program, as noisy as the
-machine: below zero the program hides work behind the device which `alone` does not.
+machine: below zero the program hides work behind the device which `alone` does not. `cpu_ratio` is the ratio to `plain`
+of the CPU time of all threads: on a CPU device what other programs on the machine leave as it is.
 
 Tokens and router labels are drawn: no step's time depends on them, but for `--way grouped`, whose groups do. On an
 accelerator MFU is useful FLOPs over the bf16 peak, and memory the peak that the device reports; on a CPU, which reports
@@ -22,12 +23,12 @@ none, what XLA's analysis of the compiled step adds up to. `plan` is the estimat
 """
 
 import argparse
+import functools
 import json
 import os
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
-from train_loops import CE, EXPERTS, LR, SIZES, Setup
+from train_loops import CE, EXPERTS, LR, SIZES, Clock, Setup
 
 from readme_jax import carve, hf
 from readme_jax.sharding import MeshConfig, use_mesh
@@ -103,38 +104,32 @@ def warm_up(s: Setup, other: Callable[[str, int], float] | None, tolerance: floa
 
 def measure(s: Setup, name: str, args: argparse.Namespace, other: Callable[[str, int], float] | None) -> dict:
     """Figures of a phase: medians over turns."""
-    said: dict[str, float] = {}
 
-    def program(first: int) -> float:
-        seconds, shares = s.program(name, first, args.steps)
-        said.update(shares)
-        return seconds
-
-    def torch(first: int) -> float:
+    def torch(first: int) -> dict[str, float]:
         assert other is not None
         other(name, first)
-        start = time.perf_counter()
+        clock = Clock()
         for number in range(first + 1, first + args.steps + 1):
             other(name, number)
-        return (time.perf_counter() - start) / args.steps
+        return clock.each(args.steps)
 
-    ways = {
-        "program": program,
-        "plain": lambda first: s.plain(name, first, args.steps),
-        "alone": lambda first: s.alone(name, first, args.steps),
+    ways: dict[str, Callable[..., dict[str, float]]] = {
+        way: functools.partial(getattr(s, way), name, count=args.steps) for way in ("program", "plain", "alone")
     }
-    if other:
-        ways["torch"] = torch
+    ways |= {"torch": torch} if other else {}
     turns: list[dict[str, float]] = []
     for number in range(args.turns):
         first = WARM + number * (args.steps + 1)
         order = list(ways) if number % 2 == 0 else list(reversed(ways))  # what slows down by and by slows all of them
-        seconds = {way: ways[way](first) for way in order}
-        turn = {f"{way}_tokens_per_s": s.tokens / each for way, each in seconds.items()} | said
-        turn["ratio"] = seconds["plain"] / seconds["program"]
-        turn["outside_share"] = 1 - seconds["alone"] / seconds["program"]
+        got = {way: ways[way](first=first) for way in order}
+        program, plain = got["program"], got["plain"]
+        turn = {f"{way}_tokens_per_s": s.tokens / each["seconds"] for way, each in got.items()}
+        turn |= {key: program[key] for key in program if key.endswith("share")}
+        turn["ratio"] = plain["seconds"] / program["seconds"]
+        turn["cpu_ratio"] = plain["cpu"] / program["cpu"]
+        turn["outside_share"] = 1 - got["alone"]["seconds"] / program["seconds"]
         if other:
-            turn["torch_ratio"] = seconds["torch"] / seconds["program"]
+            turn["torch_ratio"] = got["torch"]["seconds"] / program["seconds"]
         turns.append(turn)
     found = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
     ratios = sorted(turn["ratio"] for turn in turns)
@@ -206,6 +201,7 @@ def main() -> None:
             )
             print(f"{name:9}{rates}{got['ratio']:8.3f}{shares}", flush=True)
             print(f"{'':9}ratio {got['ratio_low']:.3f} to {got['ratio_high']:.3f}", end="")
+            print(f", of CPU time {got['cpu_ratio']:.3f}", end="")
             print(f", memory {got['memory_gb']:.3f} GB, plan {got['plan_gb']:.3f}", end="")
             print(f", MFU {got['mfu']:.1%}" if s.peak else "", flush=True)
         for key in ("host_share", "data_wait_share"):  # the worse of both phases

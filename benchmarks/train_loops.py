@@ -47,6 +47,19 @@ RANDOM = {
 }  # fmt: skip
 
 
+class Clock:
+    """Starts when made. `each` gives wall and CPU seconds of one of `count` steps; CPU is of all threads together."""
+
+    def __init__(self):
+        self._wall, self._cpu, self._thread = time.perf_counter(), time.process_time(), time.thread_time()
+
+    def each(self, count: int) -> dict[str, float]:
+        """`seconds` and `cpu` of a step, and `thread_share`, of the wall time: when the calling thread was at work."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        thread = time.thread_time() - self._thread
+        return {"seconds": wall / count, "cpu": cpu / count, "thread_share": thread / wall}
+
+
 class Setup:
     """A run of alternating training on one device, as train/alternate.py holds it: data, model, phases, steps."""
 
@@ -140,11 +153,10 @@ class Setup:
             self.phases[name], values = self.expert_step(*arguments)
         return values
 
-    # ---- the loops: each runs 1 + count steps from `first` and gives the seconds of one of the last `count`
+    # ---- the loops: each runs 1 + count steps from `first` and gives what the clock says of the last `count`
 
-    def program(self, name: str, first: int, count: int) -> tuple[float, dict[str, float]]:
-        """As train/alternate.py runs them. Beside the seconds: shares of the last line of timing.jsonl, and the share
-        of the wall time that the loop's own thread was at work."""
+    def program(self, name: str, first: int, count: int) -> dict[str, float]:
+        """As train/alternate.py runs them; with the shares of the last line of timing.jsonl."""
         pace = Pace(inline=self.device.platform == "cpu")
 
         def batch_of(tick: int) -> dict[str, jax.Array]:
@@ -163,7 +175,7 @@ class Setup:
             for tick in range(begin, begin + count + 1):
                 if tick == begin + 1:
                     watch.flush()
-                    start, busy = time.perf_counter(), time.thread_time()
+                    clock = Clock()
                 if self.config.at(tick)[0] == "router":
                     batch = ahead(tick)
                     with pace.calling():
@@ -176,10 +188,9 @@ class Setup:
                 watch.step(tick, values)
                 agreement.step(int(timer.due()))
             watch.flush()
-            busy, seconds = time.thread_time() - busy, time.perf_counter() - start
+            measured = clock.each(count)
             said = read_metrics(Path(room) / "timing.jsonl")[-1]
-            shares = {key: said[f"time/{key}"] for key in ("host_share", "data_wait_share")}
-            return seconds / count, shares | {"thread_share": busy / seconds}
+            return measured | {key: said[f"time/{key}"] for key in ("host_share", "data_wait_share")}
 
     def placed(self, name: str, number: int) -> dict[str, jax.Array]:
         """The batch of a phase's step: ids, segments, and the router's target."""
@@ -196,24 +207,24 @@ class Setup:
             batch = batch | {"route": steps.plan(expert_ABT, EXPERTS, self.config.experts.way, put=put_here)}
         return self.step(name, batch)["loss"]
 
-    def plain(self, name: str, first: int, count: int) -> float:
+    def plain(self, name: str, first: int, count: int) -> dict[str, float]:
         """Batch, step, loss of the step before."""
         before = np.asarray(self.plain_step(name, self.placed(name, first)))
-        start = time.perf_counter()
+        clock = Clock()
         for number in range(first + 1, first + count + 1):
             loss = self.plain_step(name, self.placed(name, number))
             before, _ = loss, np.asarray(before)
         np.asarray(before)
-        return (time.perf_counter() - start) / count
+        return clock.each(count)
 
-    def alone(self, name: str, first: int, count: int) -> float:
+    def alone(self, name: str, first: int, count: int) -> dict[str, float]:
         """Steps on batches that are there, each waited for."""
         batches = [self.placed(name, number) for number in range(first, first + count + 1)]
         jax.block_until_ready(self.plain_step(name, batches[0]))
-        start = time.perf_counter()
+        clock = Clock()
         for batch in batches[1:]:
             jax.block_until_ready(self.plain_step(name, batch))
-        return (time.perf_counter() - start) / count
+        return clock.each(count)
 
     def memory(self, name: str) -> tuple[float, float]:
         """GB of the device at a step's peak: (measured, planned)."""
