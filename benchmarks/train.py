@@ -3,7 +3,7 @@
     python benchmarks/train.py --json train.json
     python benchmarks/train.py --model smollm2 --steps 4 --json train.json
 
-One device. Turns in one process, A B C, C B A, ...: each runs some steps of a phase, the one before them untimed; a
+One device. Turns in one process, A B C, B C A, ...: each runs some steps of a phase, the one before them untimed; a
 ratio is the median over turns of tokens/s of `program` over those of another way, with its lowest and highest:
 
 - program: the loop of train/alternate.py, with what it is made of: `Ahead`, `RoutedBatches`, `Watch`, metrics on disk;
@@ -120,8 +120,8 @@ def measure(s: Setup, name: str, args: argparse.Namespace, other: Callable[[str,
     turns: list[dict[str, float]] = []
     for number in range(args.turns):
         first = WARM + number * (args.steps + 1)
-        order = list(ways) if number % 2 == 0 else list(reversed(ways))  # what slows down by and by slows all of them
-        got = {way: ways[way](first=first) for way in order}
+        shift = number % len(ways)  # every way comes first and last as often as the others
+        got = {way: ways[way](first=first) for way in [*ways, *ways][shift : shift + len(ways)]}
         program, plain = got["program"], got["plain"]
         turn = {f"{way}_tokens_per_s": s.tokens / each["seconds"] for way, each in got.items()}
         turn |= {key: program[key] for key in program if key.endswith("share")}
