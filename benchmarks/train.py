@@ -193,7 +193,6 @@ def main() -> None:
         print(f"{'tokens/s':9}{heads}{'ratio':>8}{'host':>8}{'data':>8}{'thread':>8}{'outside':>8}")
         for name, short in (("router", "router_step"), ("experts", "expert_step")):
             got = measure(s, name, args, other)
-            got["memory_gb"], got["plan_gb"] = s.memory(name)
             figures |= {f"{short}_{key}": value for key, value in got.items()}
             rates = "".join(f"{got[f'{way}_tokens_per_s']:9.0f}" for way in ways)
             shares = "".join(
@@ -202,8 +201,9 @@ def main() -> None:
             print(f"{name:9}{rates}{got['ratio']:8.3f}{shares}", flush=True)
             print(f"{'':9}ratio {got['ratio_low']:.3f} to {got['ratio_high']:.3f}", end="")
             print(f", of CPU time {got['cpu_ratio']:.3f}", end="")
-            print(f", memory {got['memory_gb']:.3f} GB, plan {got['plan_gb']:.3f}", end="")
             print(f", MFU {got['mfu']:.1%}" if s.peak else "", flush=True)
+        figures["memory_gb"], figures["plan_gb"] = s.memory()
+        print(f"memory {figures['memory_gb']:.3f} GB, plan {figures['plan_gb']:.3f}", flush=True)
         for key in ("host_share", "data_wait_share"):  # the worse of both phases
             figures[key] = max(figures[f"{short}_{key}"] for short in ("router_step", "expert_step"))
         if s.peak:

@@ -113,9 +113,8 @@ class Setup:
         self.table, self.teacher = experts.make_table(self.table_LEC, cfg.mlp), params
         student, self.frozen = student_of(params, params, phases["experts"])
         self.router = router.init_params(self.router_cfg, self.host["embedding"], EXPERTS, seed=0)
-        self.router["head"] = rng.normal(0, 0.02, self.router["head"].shape).astype(
-            np.float32
-        )  # all experts are chosen
+        head = rng.normal(0, 0.02, self.router["head"].shape)
+        self.router["head"] = head.astype(np.float32)  # not zero, so that all experts are chosen
         tx = {name: optim.make(phase.optim, LONG) for name, phase in phases.items()}
         start = {"router": router.place(self.router), "experts": student}
         self.phases = {name: steps.start(start.pop(name), tx[name]) for name in phases}
@@ -200,12 +199,14 @@ class Setup:
             batch["target"] = put(self.labels[rows["index"]]["target"], jax.P(*MICRO, None))
         return batch
 
-    def plain_step(self, name: str, batch: dict[str, Any]) -> jax.Array:
+    def routed(self, batch: dict[str, jax.Array]) -> dict[str, Any]:
+        """A batch of the experts with its route."""
+        expert_ABT = self.route(self.phases["router"].params, batch["ids"], batch["segments"])
+        return batch | {"route": steps.plan(expert_ABT, EXPERTS, self.config.experts.way, put=put_here)}
+
+    def plain_step(self, name: str, batch: dict[str, jax.Array]) -> jax.Array:
         """Route, where there is one, and step; the loss."""
-        if name == "experts":
-            expert_ABT = self.route(self.phases["router"].params, batch["ids"], batch["segments"])
-            batch = batch | {"route": steps.plan(expert_ABT, EXPERTS, self.config.experts.way, put=put_here)}
-        return self.step(name, batch)["loss"]
+        return self.step(name, self.routed(batch) if name == "experts" else batch)["loss"]
 
     def plain(self, name: str, first: int, count: int) -> dict[str, float]:
         """Batch, step, loss of the step before."""
@@ -226,26 +227,28 @@ class Setup:
             jax.block_until_ready(self.plain_step(name, batch))
         return clock.each(count)
 
-    def memory(self, name: str) -> tuple[float, float]:
-        """GB of the device at a step's peak: (measured, planned)."""
-        planned = planning.memory(self.run, self.device.platform)[name].total
+    def memory(self) -> tuple[float, float]:
+        """GB of the device at the run's peak: (measured, planned)."""
+        needs = planning.memory(self.run, self.device.platform)
+        planned = max(needs[name].total for name in self.phases)
         stats = self.device.memory_stats()
         if stats:
             return stats["peak_bytes_in_use"] / 1e9, planned / 1e9
-        batch = self.placed(name, 0)
-        if name == "router":
-            compiled = self.router_step.lower(self.phases[name], batch).compile()
-            beside = (self.teacher, self.frozen, self.table, self.phases["experts"])
-        else:
-            expert_ABT = self.route(self.phases["router"].params, batch["ids"], batch["segments"])
-            batch |= {"route": steps.plan(expert_ABT, EXPERTS, self.config.experts.way, put=put_here)}
-            arguments = (self.phases[name], self.frozen, self.teacher, self.table, batch)
-            compiled, beside = self.expert_step.lower(*arguments).compile(), (self.phases["router"],)
-        used = compiled.memory_analysis()
+        batch = self.routed(self.placed("experts", 0))
+        held = {
+            "router": (self.router_step, (self.phases["router"], self.placed("router", 0))),
+            "experts": (self.expert_step, (self.phases["experts"], self.frozen, self.teacher, self.table, batch)),
+        }
+        return max(self._analysed(*each) for each in held.values()) / 1e9, planned / 1e9
+
+    def _analysed(self, step: Any, arguments: tuple) -> int:
+        """Bytes that XLA says a step needs, with what lies beside it."""
+        used = step.lower(*arguments).compile().memory_analysis()
         assert used is not None
         own = used.argument_size_in_bytes + used.output_size_in_bytes + used.temp_size_in_bytes
-        held = {id(leaf): leaf.nbytes for leaf in jax.tree.leaves(beside)}
-        return (own - used.alias_size_in_bytes + sum(held.values())) / 1e9, planned / 1e9
+        taken = {id(leaf) for leaf in jax.tree.leaves(arguments)}
+        held = jax.tree.leaves((self.phases, self.frozen, self.teacher, self.table))
+        return own - used.alias_size_in_bytes + sum(leaf.nbytes for leaf in held if id(leaf) not in taken)
 
 
 def put_here(array: Any) -> jax.Array:
