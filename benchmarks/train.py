@@ -24,6 +24,7 @@ none, what XLA's analysis of the compiled step adds up to. `plan` is the estimat
 
 import argparse
 import functools
+import importlib.util
 import json
 import os
 import statistics
@@ -169,6 +170,8 @@ def main() -> None:
     )
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
+    if min(args.steps, args.turns) < 1 or min(args.seq, args.batch) < 0:
+        parser.error("--steps and --turns must be at least 1, --seq and --batch not negative")
     cpu = jax.default_backend() == "cpu"
     args.seq, args.batch = (given or usual for given, usual in zip((args.seq, args.batch), SIZES[args.model]))
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
@@ -217,11 +220,13 @@ def main() -> None:
 
 def torch_device(asked: str) -> str:
     """Device of PyTorch's turns, empty for none."""
-    if asked in ("none", "auto") and (asked == "none" or jax.default_backend() != "gpu"):
+    if asked != "auto":
+        return "" if asked == "none" else asked
+    if jax.default_backend() != "gpu" or importlib.util.find_spec("torch") is None:
         return ""
     import torch
 
-    return ("cuda" if torch.cuda.is_available() else "") if asked == "auto" else asked
+    return "cuda" if torch.cuda.is_available() else ""
 
 
 if __name__ == "__main__":
