@@ -175,6 +175,12 @@ def energy_loss(logits_BTE: torch.Tensor, target_ME: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits_BTE.flatten(0, 1), target_ME)
 
 
+def make_distillation(router: Router, lr: float):
+    """step(ids_BT, target_ME) -> loss of `energy_loss`: forward, backward and AdamW of the router, labels given."""
+    optimizer = torch.optim.AdamW(router.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
+    return lambda ids_BT, target_ME: _descend(energy_loss(router(ids_BT), target_ME), router, optimizer)
+
+
 def make_router_step(model, router: Router, masks_LEF: torch.Tensor, kind: str, temperature: float, lr: float):
     """step(ids_BT) -> loss: dense run for the labels, then forward, backward and AdamW of the router."""
     optimizer = torch.optim.AdamW(router.parameters(), lr=lr, weight_decay=WEIGHT_DECAY)
