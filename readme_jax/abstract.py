@@ -45,19 +45,27 @@ class Step:
     """A jitted function and the shapes of its arguments, the first of which is given up to it if `donates`.
 
     held: how many of the arguments, from the first, are on the devices between steps too; the others are a batch.
-    before: it runs before training, when the model as carved is there and nothing of the optimizers.
+    before: it runs before training, when the model as carved is there and nothing of the optimizers. settings: what
+    else decides the program: two steps of equal `identity` are one program.
     """
 
     function: Any
     arguments: tuple
     donates: bool
     held: int
+    settings: tuple
     before: bool = False
 
     @property
     def donated(self) -> int:
         """Arrays given up."""
         return len(jax.tree.leaves(self.arguments[0])) if self.donates else 0
+
+    @property
+    def identity(self) -> tuple:
+        """Settings, and the arguments' shapes, dtypes and places; hashable."""
+        leaves, tree = jax.tree.flatten(self.arguments)
+        return (*self.settings, tree, *leaves)
 
     def trace(self) -> Any:
         """The step traced on the current mesh."""
@@ -181,27 +189,33 @@ def train_steps(run: Run) -> dict[str, Step]:
     experts, (tuned, frozen) = table(run), student(run)
     teacher = parameters(run, chosen.teacher_dtype)
     found: dict[str, Step] = {}
+    asked = "label", cfg, tuning.labels, dtype
     if chosen.teacher_topk:
         step = steps.make_top_k(cfg, chosen.teacher_topk, chosen.head_chunk, dtype)
-        found["teacher"] = Step(step, (teacher, *rows(run, chosen.batch)), False, 1, before=True)
+        found["teacher"] = Step(
+            step, (teacher, *rows(run, chosen.batch)), False, 1, ("teacher", cfg, chosen.head_chunk, dtype), before=True
+        )
     if run.router is not None:
         tx = optim.make(tuning.optim, tuning.steps)
         choosing = phase(router_parameters(run), tx)
         if tuning.steps:
             label, batch = steps.make_label(cfg, tuning.labels, dtype), tokens(tuning.accum, tuning.batch, run.seq)
             if config.labelled:
-                found["label"] = Step(label, (teacher, experts, *rows(run, tuning.label_batch)), False, 2, before=True)
+                arguments = (teacher, experts, *rows(run, tuning.label_batch))
+                found["label"] = Step(label, arguments, False, 2, asked, before=True)
             else:
                 label_all = jax.jit(lambda params, table, *pair: jax.lax.map(lambda m: label(params, table, *m), pair))
-                found["label"] = Step(label_all, (steps.join(tuned, frozen), experts, *batch.values()), False, 2)
+                arguments = (steps.join(tuned, frozen), experts, *batch.values())
+                found["label"] = Step(label_all, arguments, False, 2, asked)
             shape = (tuning.accum, tuning.batch, run.seq, run.experts.experts)
             batch["target"] = shaped(shape, jnp.float32, jax.P(*MICRO, None))
             step = steps.make_router_step(run.router, cfg.rope_theta, tx)
-            found["router"] = Step(step, (choosing, batch), True, 1)
+            found["router"] = Step(step, (choosing, batch), True, 1, ("router", cfg, run.router, tuning.optim))
         if chosen.steps:
             batch = tokens(chosen.accum, chosen.batch, run.seq)
             route = steps.make_route(run.router, cfg.rope_theta)
-            found["route"] = Step(route, (choosing.params, batch["ids"], batch["segments"]), False, 1)
+            arguments = (choosing.params, batch["ids"], batch["segments"])
+            found["route"] = Step(route, arguments, False, 1, ("route", cfg, run.router))
     if chosen.steps:
         tx = optim.make(chosen.optim, chosen.steps)
         head = HeadLoss(chosen.kd_weight, chosen.ce_weight, chosen.head_chunk)
@@ -209,7 +223,8 @@ def train_steps(run: Run) -> dict[str, Step]:
         batch = tokens(chosen.accum, chosen.batch, run.seq) | {"route": route_of(run)}
         batch |= {"teacher": top_k(run)} if chosen.teacher_topk else {}
         arguments = (phase(tuned, tx), frozen, teacher if chosen.teacher else None, experts, batch)
-        found["experts"] = Step(step, arguments, True, 4)
+        settings = ("experts", cfg, head, chosen.optim, dtype, chosen.remat)
+        found["experts"] = Step(step, arguments, True, 4, settings)
     return found
 
 

@@ -121,6 +121,9 @@ def _weight_shapes(run: Run) -> frozenset:
     return frozenset(tuple(sorted(s)) for shape in shapes for s in (shape, shape[1:]) if len(s) > 1)
 
 
+_known: dict[tuple, liveness.Usage] = {}
+
+
 def memory(run: Run, platform: str) -> dict[str, Memory]:
     """Memory of every step of a run on one device of the current mesh, by the step's name in `abstract.train_steps`.
 
@@ -129,7 +132,10 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
     shapes, found = _weight_shapes(run), {}
     held = {before: resident(run, before) for before in (False, True)}
     for name, step in abstract.train_steps(run).items():
-        needs = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+        key = (platform == "cpu", shapes, step.identity)
+        if key not in _known:  # levers change one step and leave others as they are
+            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+        needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)
     return found

@@ -46,9 +46,9 @@ def test_the_papers_run(llama2, tmp_path, capsys):
     assert list(made["memory"]) == ["label", "router", "route", "experts"] and made["peak"]["step"] == "experts"
     for each in made["memory"].values():
         assert each["total"] == sum(each[term] for term in TERMS) and min(each.values()) > 0
-    # float32 at rest over 16 devices: the model as carved, its tuned copy, two moments of it
+    # float32 at rest over 16 devices: the model, which nothing asks as it was, and two moments of it
     experts = made["memory"]["experts"]
-    assert experts["weights"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
+    assert experts["weights"] == pytest.approx(4 * 6.738e9 / 16, rel=0.02)
     assert experts["optimizer"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
     assert experts["buffers"] > 4 * 6.738e9 / 16  # the gradients among them
     run, _ = plan.read_run(config := load_plan(llama2))
@@ -103,6 +103,28 @@ def test_levers_on_the_same_devices(llama2):
     assert found[:2] == ["experts.remat=full", "experts.batch=8 experts.accum=16"]
     assert [setting for setting in found if setting.startswith("mesh.")] == ["mesh.data=4 mesh.model=2"]
     assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
+
+
+def test_levers_of_precision(llama2):
+    """Of a run that distils in float32: what each saves."""
+    run, _ = plan.read_run(load_plan(llama2, mesh=MeshConfig(data=8)))
+    config, phase = run.config, dataclasses.replace(run.config.experts, kd_weight=1.0, ce_weight=0.0)
+    off = dataclasses.replace(config.router, steps=0)
+    run = dataclasses.replace(run, config=dataclasses.replace(config, experts=phase, router=off))
+    with jax.sharding.use_abstract_mesh(planning.abstract_mesh(run.config.mesh)):
+        found = planning.memory(run, "tpu")
+    now, each = planning.peak(found)[1].total, 6_738_415_616 // 8
+    saved = {lever.setting: now - lever.total for lever in planning.levers(run, "tpu", now, more=False)}
+    assert list(found) == ["route", "experts"]
+    assert saved["experts.teacher_topk=64"] == pytest.approx(4 * each, rel=0.02)
+    assert saved["experts.teacher_dtype=bfloat16"] == pytest.approx(2 * each, rel=0.1)
+    assert saved["experts.optim.mu_dtype=bfloat16"] >= 1.9 * each
+    assert saved["experts.optim.params=bfloat16"] >= 1.9 * each
+    kept = dataclasses.replace(phase, teacher_topk=64)
+    with jax.sharding.use_abstract_mesh(planning.abstract_mesh(run.config.mesh)):
+        changed = dataclasses.replace(run, config=dataclasses.replace(run.config, experts=kept))
+        before = planning.memory(changed, "tpu")["teacher"]  # which fills the cache, before there is an optimizer
+    assert before.optimizer == 0 and before.weights == pytest.approx(4 * each, rel=0.01)
 
 
 def test_a_carved_folder_and_its_data(stages, tmp_path):
