@@ -167,7 +167,8 @@ class Program:
     def size(self, aval: Any) -> int:
         """Bytes of an abstract value on one device."""
         if placed_by_xla(aval):
-            for shape, turns in ((aval.shape, 1), (aval.shape[1:], math.prod(aval.shape[:1]))):  # as such, or a loop's stack of it
+            # as such, or a loop's stack of it
+            for shape, turns in ((aval.shape, 1), (aval.shape[1:], math.prod(aval.shape[:1]))):
                 if shape in self.inferred:
                     return turns * self.inferred[shape] * aval.dtype.itemsize
         return device_bytes(aval)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from readme_jax import abstract, flops, jaxprs, liveness, optim, steps
+from readme_jax import abstract, flops, jaxprs, liveness, optim
 from readme_jax.abstract import Run
 from readme_jax.accelerators import Accelerator
 from readme_jax.alternate import AlternateConfig
@@ -90,8 +90,8 @@ def _bytes(tree: Any) -> int:
 
 
 def resident(run: Run, before: bool = False) -> tuple[int, int]:
-    """Bytes of (weights, optimizer) that lie on a device on the current mesh all through training, or `before` it, while
-    the model as carved is asked what the run will need.
+    """Bytes of (weights, optimizer) that lie on a device of the current mesh all through training, or `before` it,
+    while the model as carved is asked what the run will need.
 
     As train/alternate.py holds them. Before: the model as it was loaded, and the teacher where it has another dtype. In
     training: tuned and frozen part, router, both phases' optimizer state, and the teacher if distillation asks it; of

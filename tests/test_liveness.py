@@ -1,9 +1,10 @@
 """Planned memory against XLA's own analysis of the compiled steps on the forced devices, and the packing of buffers.
 
-All of it: `pytest -m "slow or not slow" tests/test_liveness.py tests/test_lowering.py tests/test_plan.py`. Held to 10 %:
-what every run needs at its peak, and every step of it but those marked as misses below, which are tiny ones that never
-are a run's peak: the router's step on 256 tokens and more (a third to a half too high: XLA computes scores and what
-follows in one kernel) and the label pass of 32 tokens on eight devices (17 % too low).
+All of it: `pytest -m "slow or not slow" tests/test_liveness.py tests/test_lowering.py tests/test_plan.py`. Held to
+10 %: what a run needs at its peak, and each of its steps. Listed below as misses, and held to be such until mended:
+router steps on 256 tokens, a third to a half too high (XLA computes scores and what follows in one kernel); at tiny
+sizes labels of 32 tokens on eight devices, 17 % too low, and the pass that keeps a teacher's likeliest tokens, a third
+too low, neither ever a run's peak; bfloat16 compute, up to a fifth too low, for the CPU backend computes it in float32.
 """
 
 import functools
@@ -30,12 +31,11 @@ TINY = ModelConfig(
 SMALL = RouterConfig(width=16, heads=2)
 CE = {"kd_weight": 0.0, "ce_weight": 1.0}
 PAPER = CE | {"remat": "full"}
-HALF = {"optim": OptimConfig(lr=1e-3, mu_dtype="bfloat16")}
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 STEPS = ("label", "router", "route", "experts")
 
 
-def compare(cfg, router, mesh, rows, seq, steps, *, router_rows=0, **fields) -> dict[str, float]:
+def compare(cfg, router, mesh, rows, seq, steps, *, router_rows=0, dtype="float32", **fields) -> dict[str, float]:
     """Planned bytes of steps over XLA's: what stays on a device all along, the batch, and what the compiled step needs
     beside its arguments (output - alias + temp). `peak`: the largest of the steps, likewise.
 
@@ -44,7 +44,7 @@ def compare(cfg, router, mesh, rows, seq, steps, *, router_rows=0, **fields) -> 
     many = mesh[0] * mesh[1]
     tuning = RouterPhase(steps=1, batch=(router_rows or rows) * many, shape=router, label_batch=many)
     config = AlternateConfig(
-        model=Path("m"), data=Path("d"), out=Path("o"), rounds=1, router=tuning,
+        model=Path("m"), data=Path("d"), out=Path("o"), rounds=1, router=tuning, dtype=dtype,
         experts=ExpertPhase(**(dict(steps=1, batch=rows * many) | fields)),
     )  # fmt: skip
     planned, measured = {}, {}
@@ -111,6 +111,29 @@ def test_tiny_of_256_tokens(mesh, fields):
 )
 def test_tiny_in_many_ways(mesh, rows, seq, fields):
     within(tiny(mesh, rows, seq, ("router", "route", "experts"), **fields))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"optim": OptimConfig(lr=1e-3, mu_dtype="bfloat16")},
+        {"optim": OptimConfig(lr=1e-3, params="bfloat16", mu_dtype="bfloat16")},
+        {"teacher_dtype": "bfloat16"},
+        {"teacher_topk": 8},
+    ],
+    ids=["mu", "params", "teacher", "top-k"],
+)
+def test_tiny_with_levers_of_precision(mesh, fields):
+    kept = ("teacher",) if "teacher_topk" in fields else ()
+    within(tiny(mesh, 2, 32, (*kept, "experts"), **fields), missed=kept)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)], ids=str)
+def test_tiny_in_bfloat16(mesh):
+    within(tiny(mesh, 2, 32, ("router", "experts"), dtype="bfloat16"), missed=("experts", "peak"))
 
 
 @pytest.mark.slow
