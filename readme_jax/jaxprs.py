@@ -243,9 +243,9 @@ class Program:
     def scattered(self, ins: list[Value | None], made: Any) -> Value | None:
         """x + (rows added to zeros) as XLA computes it: the rows added to x. None if that is not what is summed."""
         for one, other in (ins, ins[::-1]):
-            scatter = other.maker if other is not None else None
+            scatter = None if other is None else other.maker
             if one is not None and scatter is not None and scatter.name == "scatter-add":
-                if scatter.ins[0].zero and scatter.outs == (other,) and one.size == other.size:
+                if scatter.ins[0].zero and scatter.outs[0] is other and one.size == scatter.outs[0].size:
                     out = self.of(made)
                     self.op("scatter-add", [one, *scatter.ins[1:]], [out])
                     return out

@@ -9,6 +9,7 @@ too low, neither ever a run's peak; bfloat16 compute, up to a fifth too low, for
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,17 +36,20 @@ MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2)]
 STEPS = ("label", "router", "route", "experts")
 
 
-def compare(cfg, router, mesh, rows, seq, steps, *, router_rows=0, dtype="float32", **fields) -> dict[str, float]:
+def compare(
+    cfg, router, mesh, rows, seq, steps, *, router_rows=0, dtype: Any = "float32", **fields: Any
+) -> dict[str, float]:
     """Planned bytes of steps over XLA's: what stays on a device all along, the batch, and what the compiled step needs
     beside its arguments (output - alias + temp). `peak`: the largest of the steps, likewise.
 
     rows: records of a microbatch on each batch device; labels are of one record a batch device.
     """
     many = mesh[0] * mesh[1]
+    chosen: dict[str, Any] = dict(steps=1, batch=rows * many) | fields
     tuning = RouterPhase(steps=1, batch=(router_rows or rows) * many, shape=router, label_batch=many)
     config = AlternateConfig(
         model=Path("m"), data=Path("d"), out=Path("o"), rounds=1, router=tuning, dtype=dtype,
-        experts=ExpertPhase(**(dict(steps=1, batch=rows * many) | fields)),
+        experts=ExpertPhase(**chosen),
     )  # fmt: skip
     planned, measured = {}, {}
     with use_mesh(MeshConfig(data=mesh[0], expert=mesh[1], model=mesh[2])):
@@ -195,7 +199,11 @@ def test_rows_added_to_zeros_are_added_to_what_they_join(mesh):
     traced = jax.jit(f).trace(*(jax.ShapeDtypeStruct(*each) for each in args))
     needs, xla = liveness.usage(traced.jaxpr, 0, cpu=True).heap, traced.lower().compile().memory_analysis()
     table = 512 * 64 * 4
-    assert table <= needs < 1.2 * table and xla.temp_size_in_bytes + xla.output_size_in_bytes < 1.2 * table
+    assert (
+        xla is not None
+        and table <= needs < 1.2 * table
+        and xla.temp_size_in_bytes + xla.output_size_in_bytes < 1.2 * table
+    )
 
 
 def test_weights_are_told_from_what_tokens_make(mesh):
