@@ -109,12 +109,16 @@ class Checkpoints:
         self.wait()
         if step == self._last:
             return
-        path, self._last = self._root / str(step), step
+        path, probe = self._root / str(step), self._root / f".probe-{jax.process_index()}"
         try:
+            # Tried here first: where Orbax cannot make its folder, threads of it keep the process alive for 300 s.
+            probe.mkdir(parents=True, exist_ok=True)
+            probe.rmdir()
             with _options(), jax.transfer_guard("allow"):  # its processes agree by way of the devices
                 response = ocp.save_checkpointables_async(path, trees, overwrite=True)
         except Exception as error:  # a full disk raises what TensorStore makes of it
             raise _unsaved(step, error) from None
+        self._last = step
         self._finishing = threading.Thread(target=self._finish, args=(response, step, score))
         self._finishing.start()
 

@@ -242,6 +242,7 @@ def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeyp
         with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*No space left"):
             checkpoints.save(5, phases(5))
     assert Checkpoints(root).find() == 3
+    before = threading.current_thread()
     capfd.readouterr()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
@@ -257,7 +258,8 @@ def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeyp
     with pytest.raises(SaveError, match="checkpoint 1 cannot be written"):
         blocked = Checkpoints(tmp_path / "file")
         blocked.save(1, phases())
-        blocked.close()
+    waiting = [thread.name for thread in threading.enumerate() if not thread.daemon and thread is not before]
+    assert waiting == [], "nothing keeps the process alive"
 
 
 @pytest.mark.parametrize(

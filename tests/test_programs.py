@@ -235,7 +235,7 @@ def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsy
     """SIGTERM in the midst of a phase and while labelling: exit code 75, and the next start goes on from there."""
     out, resumed = tmp_path / "tuned", []
     for name, call, words in (
-        ("make_label", 2, "stopped by SIGTERM; 3 of 8 records are labelled"),
+        ("make_label", 2, "stopped by SIGTERM; 3 of 8 records are done"),
         ("make_router_step", 0, "stopped by SIGTERM; saved at step 1 of 8"),
         ("make_expert_step", 2, "stopped by SIGTERM; saved at step 7 of 8"),
     ):

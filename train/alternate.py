@@ -116,7 +116,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
         phases = checkpoints.restore(tick, phases)
         distributed.show(f"resumed at step {tick} of {config.total}")
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(distributed.Stop())
+        stack.enter_context(stop)  # the same: what was asked after the last label still counts
 
         # ---- what is seen of it
         def figures(name: str) -> PhaseFigures:
