@@ -14,7 +14,7 @@ import numpy as np
 from readme_jax import optim, steps
 from readme_jax.alternate import AlternateConfig
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, require
-from readme_jax.losses import HeadLoss
+from readme_jax.losses import HeadLoss, TopK
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
 from readme_jax.routing import bucket, ladder
@@ -45,17 +45,27 @@ class Step:
     """A jitted function and the shapes of its arguments, the first of which is given up to it if `donates`.
 
     held: how many of the arguments, from the first, are on the devices between steps too; the others are a batch.
+    before: it runs before training, when the model as carved is there and nothing of the optimizers. settings: what
+    else decides the program: two steps of equal `identity` are one program.
     """
 
     function: Any
     arguments: tuple
     donates: bool
     held: int
+    settings: tuple
+    before: bool = False
 
     @property
     def donated(self) -> int:
         """Arrays given up."""
         return len(jax.tree.leaves(self.arguments[0])) if self.donates else 0
+
+    @property
+    def identity(self) -> tuple:
+        """Settings, and the arguments' shapes, dtypes and places; hashable."""
+        leaves, tree = jax.tree.flatten(self.arguments)
+        return (*self.settings, tree, *leaves)
 
     def trace(self) -> Any:
         """The step traced on the current mesh."""
@@ -74,20 +84,21 @@ def shaped(shape: tuple[int, ...], dtype: Any, partition: jax.P = REPLICATED) ->
     return jax.ShapeDtypeStruct(shape, dtype, sharding=jax.NamedSharding(current_mesh(), whole))
 
 
-def parameters(run: Run) -> Any:
-    """The backbone at rest, float32."""
+def parameters(run: Run, dtype: Any = jnp.float32) -> Any:
+    """The backbone at rest in `dtype`."""
     specs, shapes = backbone.param_specs(run.model), backbone.abstract_params(run.model)
     if run.config.experts.way == "parallel":
         specs = parallel.separate_specs(specs)
         shapes = parallel.separate_layout(shapes, run.experts.experts)
-    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), shapes, specs)
+    return jax.tree.map(lambda a, s: shaped(a.shape, dtype, s), shapes, specs)
 
 
 def router_parameters(run: Run) -> Any:
-    """The router at rest, float32."""
+    """The router at rest, in the dtype of its phase."""
     assert run.router is not None
     shapes = router.abstract_params(run.router, run.model.vocab, run.experts.experts)
-    return jax.tree.map(lambda a, s: shaped(a.shape, a.dtype, s), shapes, router.param_specs(shapes))
+    kind = run.config.router.optim.params
+    return jax.tree.map(lambda a, s: shaped(a.shape, kind, s), shapes, router.param_specs(shapes))
 
 
 def phase(params: Any, tx: Any) -> steps.Phase:
@@ -155,36 +166,68 @@ def check(run: Run) -> None:
     require(fits, f"router.label_batch={size} must be a multiple of {batch_devices()}")
 
 
+def student(run: Run) -> tuple[Any, Any]:
+    """(tuned, frozen) parts of the backbone while experts are tuned."""
+    own = run.config.experts
+    return steps.split_tuned(parameters(run, own.optim.params), own.tuned)
+
+
+def top_k(run: Run) -> TopK:
+    """What is kept of the teacher for an expert batch."""
+    own, token = run.config.experts, jnp.uint16 if run.model.vocab <= 1 << 16 else jnp.int32
+    shape = (own.accum, own.batch, run.seq)
+    logp, ids = (shaped((*shape, own.teacher_topk), kind, jax.P(*MICRO, None)) for kind in (jnp.float32, token))
+    return TopK(logp, ids, shaped(shape, jnp.float32, MICRO))
+
+
 def train_steps(run: Run) -> dict[str, Step]:
-    """The jitted functions that a run calls, by name: label, router, route, experts; those it does not call are left
-    out. Same functions, same order of arguments as in train/alternate.py."""
+    """The jitted functions that a run calls, by name: teacher, label, router, route, experts; those it does not call
+    are left out. Same functions, same order of arguments as in train/alternate.py."""
     check(run)
     config, cfg, dtype = run.config, run.model, jnp.dtype(run.config.dtype)
     tuning, chosen = config.router, config.experts
-    params, experts = parameters(run), table(run)
-    student, frozen = steps.split_tuned(params, chosen.tuned)
+    experts, (tuned, frozen) = table(run), student(run)
+    teacher = parameters(run, chosen.teacher_dtype)
     found: dict[str, Step] = {}
+    asked = "label", cfg, tuning.labels, dtype
+    if chosen.teacher_topk:
+        step = steps.make_top_k(cfg, chosen.teacher_topk, chosen.head_chunk, dtype)
+        found["teacher"] = Step(
+            step, (teacher, *rows(run, chosen.batch)), False, 1, ("teacher", cfg, chosen.head_chunk, dtype), before=True
+        )
     if run.router is not None:
         tx = optim.make(tuning.optim, tuning.steps)
         choosing = phase(router_parameters(run), tx)
         if tuning.steps:
-            rows = tuning.label_batch if tuning.teacher == "original" else tuning.batch
-            pair = [shaped((rows, run.seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]
-            found["label"] = Step(steps.make_label(cfg, tuning.labels, dtype), (params, experts, *pair), False, 2)
-            batch = tokens(tuning.accum, tuning.batch, run.seq)
+            label, batch = steps.make_label(cfg, tuning.labels, dtype), tokens(tuning.accum, tuning.batch, run.seq)
+            if config.labelled:
+                arguments = (teacher, experts, *rows(run, tuning.label_batch))
+                found["label"] = Step(label, arguments, False, 2, asked, before=True)
+            else:
+                label_all = jax.jit(lambda params, table, *pair: jax.lax.map(lambda m: label(params, table, *m), pair))
+                arguments = (steps.join(tuned, frozen), experts, *batch.values())
+                found["label"] = Step(label_all, arguments, False, 2, asked)
             shape = (tuning.accum, tuning.batch, run.seq, run.experts.experts)
             batch["target"] = shaped(shape, jnp.float32, jax.P(*MICRO, None))
             step = steps.make_router_step(run.router, cfg.rope_theta, tx)
-            found["router"] = Step(step, (choosing, batch), True, 1)
+            found["router"] = Step(step, (choosing, batch), True, 1, ("router", cfg, run.router, tuning.optim))
         if chosen.steps:
             batch = tokens(chosen.accum, chosen.batch, run.seq)
             route = steps.make_route(run.router, cfg.rope_theta)
-            found["route"] = Step(route, (choosing.params, batch["ids"], batch["segments"]), False, 1)
+            arguments = (choosing.params, batch["ids"], batch["segments"])
+            found["route"] = Step(route, arguments, False, 1, ("route", cfg, run.router))
     if chosen.steps:
         tx = optim.make(chosen.optim, chosen.steps)
         head = HeadLoss(chosen.kd_weight, chosen.ce_weight, chosen.head_chunk)
         step = steps.make_expert_step(cfg, head, tx, dtype=dtype, remat=chosen.remat)
         batch = tokens(chosen.accum, chosen.batch, run.seq) | {"route": route_of(run)}
-        teacher = params if chosen.kd_weight else None
-        found["experts"] = Step(step, (phase(student, tx), frozen, teacher, experts, batch), True, 4)
+        batch |= {"teacher": top_k(run)} if chosen.teacher_topk else {}
+        arguments = (phase(tuned, tx), frozen, teacher if chosen.teacher else None, experts, batch)
+        settings = ("experts", cfg, head, chosen.optim, dtype, chosen.remat)
+        found["experts"] = Step(step, arguments, True, 4, settings)
     return found
+
+
+def rows(run: Run, count: int) -> list[Any]:
+    """ids and segments of `count` records."""
+    return [shaped((count, run.seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]

@@ -42,6 +42,7 @@ class Value:
     size: int
     region: Region
     maker: "Op | None" = None
+    zero: bool = False
     readers: list["Op"] = dataclasses.field(default_factory=list)
     stored: bool = False
     again: bool = False
@@ -165,8 +166,12 @@ class Program:
 
     def size(self, aval: Any) -> int:
         """Bytes of an abstract value on one device."""
-        count = self.inferred.get(aval.shape) if placed_by_xla(aval) else None
-        return device_bytes(aval) if count is None else count * aval.dtype.itemsize
+        if placed_by_xla(aval):
+            # as such, or a loop's stack of it
+            for shape, turns in ((aval.shape, 1), (aval.shape[1:], math.prod(aval.shape[:1]))):
+                if shape in self.inferred:
+                    return turns * self.inferred[shape] * aval.dtype.itemsize
+        return device_bytes(aval)
 
     def of(self, aval: Any, **fields) -> Value:
         """A new value of an abstract one's size and shape."""
@@ -215,6 +220,8 @@ class Program:
             return [ins[0]]
         if name == "div" and ins[0] is not None and ins[0].maker is not None and ins[0].maker.name == "div":
             ins = [*ins[0].maker.ins, ins[1]]  # XLA computes (a / b) / c as a / (b * c)
+        if name in ("add", "add_any") and (merged := self.scattered(ins, made[0])):
+            return [merged]
         if name == "dot_general":
             ins = [self.turned(value, eqn, side) for side, value in enumerate(ins)]
         # What was computed before from the same operands is not computed again: XLA merges the two. (Recomputation for
@@ -223,13 +230,26 @@ class Program:
         key = (name, self.region, tuple(map(id, ins)), literals, str(params), tuple(map(str, made)))
         if key in self.computed and not eqn.effects:
             return list(self.computed[key])
-        outs = [self.of(aval) for aval in made]
+        source = eqn.invars[0] if eqn.invars else None
+        zero = name == "broadcast_in_dim" and isinstance(source, core.Literal) and not source.val
+        outs = [self.of(aval, zero=zero) for aval in made]
         self.op(name, ins, outs)
         if summed(eqn):
             parts, outs = outs, [self.of(aval) for aval in made]
             self.op("sum over devices", parts, outs)
         self.computed[key] = list(outs)
         return list(outs)
+
+    def scattered(self, ins: list[Value | None], made: Any) -> Value | None:
+        """x + (rows added to zeros) as XLA computes it: the rows added to x. None if that is not what is summed."""
+        for one, other in (ins, ins[::-1]):
+            scatter = None if other is None else other.maker
+            if one is not None and scatter is not None and scatter.name == "scatter-add":
+                if scatter.ins[0].zero and scatter.outs[0] is other and one.size == scatter.outs[0].size:
+                    out = self.of(made)
+                    self.op("scatter-add", [one, *scatter.ins[1:]], [out])
+                    return out
+        return None
 
     def turned(self, value: Value | None, eqn: Any, side: int) -> Value | None:
         """A matmul's operand in the order that the matmul wants, a copy if it is another: batch dimensions first, what

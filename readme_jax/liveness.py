@@ -318,14 +318,17 @@ def usage(closed: Any, donated: int, *, cpu: bool = False, weights: frozenset = 
             places.remove(place)
     _share(program)
     spans: dict[int, tuple[Value, int, int]] = {}
+    first_times: dict[Region, int] = {(): 0}
+    for op in program.ops:
+        first_times.setdefault(op.region, op.time)
     for value in program.values:
         root = value.root()
         if not value.stored or root.argument or value.born < 0 or value.last < 0:
             continue
         born = value.born
-        if cpu and value.region == () and (value.loop or _constant(value)):
+        if cpu and (value.loop or _constant(value)):
             starts = [op.ins for op in program.ops if op.name == "carry in" and value in op.outs]
-            born = 0 if all(_constant(i) for ins in starts for i in ins) else born
+            born = first_times[value.region] if all(_constant(i) for ins in starts for i in ins) else born
         _, first, last = spans.get(id(root), (root, born, value.last))
         spans[id(root)] = root, min(first, born), max(last, value.last)
     read = [a for a in program.arguments if a.readers or id(a) in results]

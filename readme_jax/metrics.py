@@ -17,33 +17,9 @@ from tqdm import tqdm
 from readme_jax import artifacts
 from readme_jax.config import ConfigError, ReadMeError
 
-# Dense bf16 peak of one device, FLOP/s (vendors' data sheets), by what jax calls it.
-PEAKS = {
-    "TPU v4 lite": 138e12,
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H100": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA GH200": 989e12,
-    "NVIDIA B200": 2250e12,
-}
-
 
 class NonFiniteError(ReadMeError):
     """A loss or gradient that is not a number: the run stops and says where."""
-
-
-def peak_flops(kind: str) -> float | None:
-    """Dense bf16 peak of a device kind (`jax.Device.device_kind`), FLOP/s; None for one that is not in PEAKS."""
-    known = [name for name in PEAKS if kind.startswith(name)]
-    return PEAKS[max(known, key=len)] if known else None
 
 
 class Metrics:

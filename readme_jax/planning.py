@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType
 
-from readme_jax import abstract, flops, jaxprs, liveness, optim, steps
+from readme_jax import abstract, flops, jaxprs, liveness, optim
 from readme_jax.abstract import Run
 from readme_jax.accelerators import Accelerator
 from readme_jax.alternate import AlternateConfig
@@ -21,6 +21,7 @@ from readme_jax.models import backbone, router
 from readme_jax.sharding import AXES, MeshConfig
 
 GB = 1e9
+TOP_K = 64  # of the teacher's tokens, where a lever keeps some
 
 
 class PlanError(ReadMeError):
@@ -88,17 +89,24 @@ def _bytes(tree: Any) -> int:
     return sum(map(jaxprs.device_bytes, jax.tree.leaves(tree)))
 
 
-def resident(run: Run) -> tuple[int, int]:
-    """Bytes of (weights, optimizer) that lie on a device from the first step to the last, on the current mesh.
+def resident(run: Run, before: bool = False) -> tuple[int, int]:
+    """Bytes of (weights, optimizer) that lie on a device of the current mesh all through training, or `before` it,
+    while the model as carved is asked what the run will need.
 
-    As train/alternate.py holds them: the model as carved (frozen parts, and the teacher), a copy of what is tuned, the
-    router, and both phases' optimizer state.
+    As train/alternate.py holds them. Before: the model as it was loaded, and the teacher where it has another dtype. In
+    training: tuned and frozen part, router, both phases' optimizer state, and the teacher if distillation asks it; of
+    the same dtype as the student, it shares the frozen part.
     """
-    config, whole = run.config, abstract.parameters(run)
-    student, _ = steps.split_tuned(whole, config.experts.tuned)
-    tuned = abstract.phase(student, optim.make(config.experts.optim, config.experts.steps))
-    weights = _bytes(whole) + _bytes(tuned.params) + _bytes(abstract.table(run))
-    optimizer = _bytes(tuned.opt_state)
+    config, experts = run.config, run.config.experts
+    teacher, fixed = _bytes(abstract.parameters(run, experts.teacher_dtype)), _bytes(abstract.table(run))
+    if before:
+        loaded = _bytes(abstract.parameters(run, config.loaded))
+        return fixed + loaded + (teacher if experts.teacher_dtype != config.loaded else 0), 0
+    student, frozen = abstract.student(run)
+    tuned = abstract.phase(student, optim.make(experts.optim, experts.steps))
+    weights, optimizer = fixed + _bytes(student) + _bytes(frozen), _bytes(tuned.opt_state)
+    if experts.teacher:
+        weights += teacher - (_bytes(frozen) if experts.teacher_dtype == experts.optim.params else 0)
     if run.router is not None:
         choosing = abstract.phase(abstract.router_parameters(run), optim.make(config.router.optim, config.router.steps))
         weights, optimizer = weights + _bytes(choosing.params), optimizer + _bytes(choosing.opt_state)
@@ -113,17 +121,23 @@ def _weight_shapes(run: Run) -> frozenset:
     return frozenset(tuple(sorted(s)) for shape in shapes for s in (shape, shape[1:]) if len(s) > 1)
 
 
+_known: dict[tuple, liveness.Usage] = {}
+
+
 def memory(run: Run, platform: str) -> dict[str, Memory]:
     """Memory of every step of a run on one device of the current mesh, by the step's name in `abstract.train_steps`.
 
     platform: `tpu`, `gpu` or `cpu`, whose schedule differs (see `liveness.usage`).
     """
-    weights, optimizer = resident(run)
     shapes, found = _weight_shapes(run), {}
+    held = {before: resident(run, before) for before in (False, True)}
     for name, step in abstract.train_steps(run).items():
-        needs = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+        key = (platform == "cpu", shapes, step.identity)
+        if key not in _known:  # levers change one step and leave others as they are
+            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+        needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
-        found[name] = Memory(weights, optimizer, needs.heap - needs.weights, batch + needs.weights)
+        found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)
     return found
 
 
@@ -165,11 +179,20 @@ class Lever:
 
 
 def _changes(run: Run, more: bool) -> Iterator[tuple[str, AlternateConfig]]:
-    """Settings that may save memory and leave what is computed as it is, but for rounding. more: more devices too."""
+    """Settings that may save memory and leave what is learnt as it is, but for rounding and for what a teacher's TOP_K
+    likeliest tokens leave out. more: more devices too."""
     config, replace = run.config, dataclasses.replace
     tuning, chosen, mesh = config.router, config.experts, config.mesh
     if chosen.remat == "none":
         yield "experts.remat=full", replace(config, experts=replace(chosen, remat="full"))
+    for setting in ("params", "mu_dtype"):
+        if getattr(chosen.optim, setting) == "float32":
+            own = replace(chosen.optim, **{setting: "bfloat16"})
+            yield f"experts.optim.{setting}=bfloat16", replace(config, experts=replace(chosen, optim=own))
+    if config.asks_teacher and chosen.teacher_dtype == "float32":
+        yield "experts.teacher_dtype=bfloat16", replace(config, experts=replace(chosen, teacher_dtype="bfloat16"))
+    if chosen.teacher and run.model.vocab > TOP_K:
+        yield f"experts.teacher_topk={TOP_K}", replace(config, experts=replace(chosen, teacher_topk=TOP_K))
     if config.dtype == "float32":
         yield "dtype=bfloat16", replace(config, dtype="bfloat16")
     if chosen.steps and chosen.batch % 2 == 0:

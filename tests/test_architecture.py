@@ -13,11 +13,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A module may import only what stands before it. A new module needs a place here.
 ORDER = """
-    config peers sharding distributed artifacts metrics checkpoint
+    config accelerators peers sharding distributed artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
-    accelerators abstract jaxprs liveness planning
+    abstract jaxprs liveness planning
     generation export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)

@@ -7,7 +7,7 @@ import time
 import numpy as np
 import pytest
 
-from readme_jax import metrics
+from readme_jax import accelerators, metrics
 from readme_jax.config import ConfigError
 from readme_jax.metrics import Metrics, NonFiniteError, peak_memory_gb, progress, read_metrics, reset_peak_memory
 
@@ -130,7 +130,7 @@ def test_pace_divides_the_time_of_a_step(monkeypatch):
     + [("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H200", 989e12)],
 )
 def test_peaks_by_what_jax_calls_a_device(kind, peak):
-    assert metrics.peak_flops(kind) == peak
+    assert accelerators.peak_flops(kind) == peak
 
 
 def test_tensorboard_is_an_extra(tmp_path, monkeypatch):

@@ -5,11 +5,13 @@ import json
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import sizes
 import yaml
 
-from readme_jax import flops, hf, planning, steps
+from readme_jax import flops, hf, placement, planning, steps
 from readme_jax.alternate import AlternateConfig
 from readme_jax.config import ConfigError, load_yaml
 from readme_jax.sharding import MeshConfig, use_mesh
@@ -44,9 +46,9 @@ def test_the_papers_run(llama2, tmp_path, capsys):
     assert list(made["memory"]) == ["label", "router", "route", "experts"] and made["peak"]["step"] == "experts"
     for each in made["memory"].values():
         assert each["total"] == sum(each[term] for term in TERMS) and min(each.values()) > 0
-    # float32 at rest over 16 devices: the model as carved, its tuned copy, two moments of it
+    # float32 at rest over 16 devices: the model, which nothing asks as it was, and two moments of it
     experts = made["memory"]["experts"]
-    assert experts["weights"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
+    assert experts["weights"] == pytest.approx(4 * 6.738e9 / 16, rel=0.02)
     assert experts["optimizer"] == pytest.approx(2 * 4 * 6.738e9 / 16, rel=0.02)
     assert experts["buffers"] > 4 * 6.738e9 / 16  # the gradients among them
     run, _ = plan.read_run(config := load_plan(llama2))
@@ -103,6 +105,28 @@ def test_levers_on_the_same_devices(llama2):
     assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
 
 
+def test_levers_of_precision(llama2):
+    """Of a run that distils in float32: what each saves."""
+    run, _ = plan.read_run(load_plan(llama2, mesh=MeshConfig(data=8)))
+    config, phase = run.config, dataclasses.replace(run.config.experts, kd_weight=1.0, ce_weight=0.0)
+    off = dataclasses.replace(config.router, steps=0)
+    run = dataclasses.replace(run, config=dataclasses.replace(config, experts=phase, router=off))
+    with jax.sharding.use_abstract_mesh(planning.abstract_mesh(run.config.mesh)):
+        found = planning.memory(run, "tpu")
+    now, each = planning.peak(found)[1].total, 6_738_415_616 // 8
+    saved = {lever.setting: now - lever.total for lever in planning.levers(run, "tpu", now, more=False)}
+    assert list(found) == ["route", "experts"]
+    assert saved["experts.teacher_topk=64"] == pytest.approx(4 * each, rel=0.02)
+    assert saved["experts.teacher_dtype=bfloat16"] == pytest.approx(2 * each, rel=0.1)
+    assert saved["experts.optim.mu_dtype=bfloat16"] >= 1.9 * each
+    assert saved["experts.optim.params=bfloat16"] >= 1.9 * each
+    kept = dataclasses.replace(phase, teacher_topk=64)
+    with jax.sharding.use_abstract_mesh(planning.abstract_mesh(run.config.mesh)):
+        changed = dataclasses.replace(run, config=dataclasses.replace(run.config, experts=kept))
+        before = planning.memory(changed, "tpu")["teacher"]  # which fills the cache, before there is an optimizer
+    assert before.optimizer == 0 and before.weights == pytest.approx(4 * each, rel=0.01)
+
+
 def test_a_carved_folder_and_its_data(stages, tmp_path):
     """The YAML of a run as it is: lengths and records from the data folder, U from the table."""
     path = stages.yaml("alternate", tmp_path / "out")
@@ -114,9 +138,32 @@ def test_a_carved_folder_and_its_data(stages, tmp_path):
     assert run.seq == 32 and 0 < run.used <= 48 and records > 0
 
 
-def test_resident_memory_is_what_the_program_places(stages, tmp_path, monkeypatch):
-    """Arrays that the training program hands to its steps, byte for byte."""
-    path, held = stages.yaml("alternate", tmp_path / "out"), {}
+KEPT = {"experts__teacher_topk": 8}
+HALF = {"experts__optim": {"lr": 2e-3, "params": "bfloat16", "mu_dtype": "bfloat16"}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"experts__tuned": "ffn"},
+        HALF,
+        {"experts__teacher_dtype": "bfloat16"},
+        HALF | {"experts__teacher_dtype": "bfloat16", "experts__tuned": "ffn"},
+        KEPT,
+        {"experts__kd_weight": 0.0, "experts__ce_weight": 1.0},
+        {"experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "router__teacher": "current"},
+    ],
+    ids=str,
+)
+def test_resident_memory_is_what_the_program_places(stages, tmp_path, monkeypatch, changes):
+    """Arrays that the training program hands to its steps, byte for byte, each counted once."""
+    path, held = stages.yaml("alternate", tmp_path / "out", **changes), {}
+    load = placement.load_sharded
+
+    def loads(*args, **options):
+        held["loaded"] = load(*args, **options)
+        return held["loaded"]
 
     def stops(name, *terms):
         def make(*_, **__):
@@ -124,32 +171,44 @@ def test_resident_memory_is_what_the_program_places(stages, tmp_path, monkeypatc
                 held.update({f"{name} {term}": value for term, value in zip(terms, args)})
                 if name == "experts":
                     raise InterruptedError
-                return args[0], {"loss": 0.0}
+                return args[0], {"loss": 0.0, "load": np.ones(7)}
 
             return step
 
         monkeypatch.setattr(steps, f"make_{name.removesuffix('s')}_step", make)
 
+    def label(*_):
+        def step(params, table, ids_BT, _):
+            held.update({"label params": params, "label table": table})
+            return jnp.zeros((*ids_BT.shape, 3))
+
+        return step
+
+    monkeypatch.setattr(placement, "load_sharded", loads)
+    monkeypatch.setattr(steps, "make_label", label)
     stops("router", "phase")
     stops("experts", "phase", "frozen", "teacher", "table")
     with pytest.raises(InterruptedError):
         alternate.main(["--config", path])
-    run, _ = plan.read_run(load_yaml(plan.PlanConfig, path))
+    run, _ = plan.read_run(config := load_yaml(plan.PlanConfig, path))
     with use_mesh(run.config.mesh):
-        weights, optimizer = planning.resident(run)
+        (weights, optimizer), before = planning.resident(run), planning.resident(run, before=True)
     phases = held["router phase"], held["experts phase"]
     assert optimizer == nbytes([phase.opt_state for phase in phases])
-    assert weights == nbytes([[p.params for p in phases], held["experts teacher"], held["experts table"]])
+    others = [held[f"experts {term}"] for term in ("frozen", "teacher", "table")]
+    assert weights == nbytes([[p.params for p in phases], others])
+    if config.labelled:
+        assert before == (nbytes([held["loaded"][0], held["label params"], held["label table"]]), 0)
 
 
 def nbytes(tree) -> int:
-    return sum(array.nbytes for array in jax.tree.leaves(tree))
+    return sum({id(array): array.nbytes for array in jax.tree.leaves(tree)}.values())
 
 
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--accelerator", "v9"], r"accelerator='v9' is not known \(known: v4, v5e"),
+        (["--accelerator", "v9"], r"accelerator='v9' is not known \(known: v4, v4i, v5e"),
         ([], r"accelerator='' is not known"),
         (["--accelerator", "v5p", "--devices", "8"], r"mesh data=16 expert=1 model=1 needs 16 devices, devices=8"),
         (["--accelerator", "v5p", "--mesh.data", "0"], r"mesh\.data=0 takes all devices: say devices, or mesh\.data"),

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
+from readme_jax.accelerators import peak_flops
 from readme_jax.alternate import (
     AlternateConfig,
     RoutedBatches,
@@ -30,7 +31,7 @@ from readme_jax.config import Stopped, require
 from readme_jax.data import Batches, open_records
 from readme_jax.loop import Ahead, PhaseFigures, Profiler, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss, TopK
-from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_flops, peak_memory_gb
+from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_memory_gb
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
 from readme_jax.sharding import use_mesh

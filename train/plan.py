@@ -28,7 +28,7 @@ class PlanConfig(AlternateConfig):
     """One plan: a run of `alternate`, and what it is planned for."""
 
     accelerator: str = free("")
-    """Kind of device: v4, v5e, v5p, v6e, a100-40, a100-80, h100, h200, b200 or gh200."""
+    """Kind of device: v4, v4i, v5e, v5p, v6e, a100-40, a100-80, h100, h100-pcie, h200, b200 or gh200."""
     devices: int = free(0)
     """Devices there will be: the mesh must match them, and no lever asks for more; 0: as many as the mesh says."""
     seq: int = free(0)
