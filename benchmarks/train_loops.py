@@ -16,13 +16,14 @@ import numpy as np
 
 from readme_jax import flops, hf, optim, planning, sources, steps
 from readme_jax.abstract import Run
+from readme_jax.accelerators import peak_flops
 from readme_jax.alternate import AlternateConfig, ExpertPhase, RoutedBatches, RouterPhase, student_of
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.data import Batches, Records
 from readme_jax.distributed import Agreement
 from readme_jax.loop import MICRO, Ahead, PhaseFigures, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss
-from readme_jax.metrics import Metrics, Pace, peak_flops, read_metrics
+from readme_jax.metrics import Metrics, Pace, read_metrics
 from readme_jax.models import backbone, experts, router
 from readme_jax.optim import OptimConfig
 from readme_jax.sharding import MeshConfig, put
