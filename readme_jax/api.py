@@ -60,6 +60,8 @@ class Model:
             except (ValueError, AttributeError):
                 raise CheckpointError(f"{path}: must be a JSON object") from None
             found = eos if isinstance(eos, list) else [eos]
+            good = all(i is None or type(i) is int and 0 <= i < self.config.vocab for i in found)
+            require(good, f"{path}: eos_token_id={eos!r} must be token ids below {self.config.vocab}", CheckpointError)
         return frozenset(i for i in [*found, self.tokenizer.eos_token_id] if i is not None)
 
     def _ids(self, ids_BT) -> tuple[np.ndarray, np.ndarray, int]:
@@ -116,6 +118,7 @@ class Model:
         """
         single = isinstance(prompts, str)
         rule = "prompts must be a text, a list of texts, or a list of lists of token ids"
+        require(isinstance(prompts, str | list | tuple) or np.ndim(prompts) > 0, rule, DataError)
         require(isinstance(prompts, str | list | tuple | np.ndarray), rule, DataError)
         items = [prompts] if single else list(prompts)
         text = bool(items) and all(isinstance(p, str) for p in items)
@@ -137,10 +140,8 @@ class Model:
 
         DataError for a text that is no Unicode, and when there is no template or it cannot be rendered.
         """
-        try:
-            prompt.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"a prompt holds half of a surrogate pair at character {error.start}") from None
+        require(isinstance(prompt, str), f"a prompt must be a text, got {type(prompt).__name__}", DataError)
+        _check_unicode(prompt, "a prompt")
         if not chat:
             return self.tokenizer(prompt)["input_ids"]
         require(
@@ -151,7 +152,15 @@ class Model:
             rendered: Any = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program that came with the model: anything may go wrong in it
             raise DataError(f"{self.folder}: the chat template fails: {' '.join(str(error).split())[:200]}") from None
+        _check_unicode(rendered, "the rendered chat template")
         return self.tokenizer(rendered, add_special_tokens=False)["input_ids"]
+
+
+def _check_unicode(text: str, what: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{what} holds half of a surrogate pair at character {error.start}") from None
 
 
 def _whole_numbers(values: Any, rule: str) -> list[int]:

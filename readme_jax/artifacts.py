@@ -133,6 +133,7 @@ def _read_json(path: Path, *keys: str) -> dict:
     except ValueError:  # not JSON, not UTF-8
         raise ArtifactError(f"{path}: not valid JSON; the result was damaged") from None
     whole = isinstance(data, dict) and all(key in data for key in keys)
+    whole = whole and all(isinstance(data.get(key, {}), dict) for key in ("config", "files", "info"))
     require(whole, f"{path}: must be an object with {', '.join(keys)}; the result was damaged", ArtifactError)
     return data
 

@@ -231,10 +231,15 @@ def seal(folder: Path, score: float | None = None) -> None:
 
 
 def _read_mark(folder: Path) -> dict[str, Any] | None:
+    """The mark of a checkpoint; None when it is missing or no mark."""
     try:
-        return json.loads((folder / MARK).read_text())
-    except (OSError, ValueError):
+        mark = json.loads((folder / MARK).read_text())
+        good = isinstance(mark["score"], float | int | None) and all(
+            len(entry) == 2 for entry in mark["files"].values()
+        )
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
+    return mark if good else None
 
 
 def damage(folder: Path) -> str:

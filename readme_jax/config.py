@@ -277,7 +277,7 @@ def load_yaml(cls: type, path: str | Path) -> Any:
     require(path.is_file(), f"{path}: no such config file")
     try:
         data = yaml.load(path.read_text(), Loader=_Loader)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     try:
         return from_dict(cls, data or {})

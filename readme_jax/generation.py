@@ -5,7 +5,6 @@ The router runs first on every token, so the expert is known before the backbone
 
 import dataclasses
 import functools
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any
@@ -41,11 +40,13 @@ class Sampling:
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
             kind, noun = (numbers.Integral, "whole") if field.type is int else (numbers.Real, "finite")
-            good = isinstance(value, kind) and not isinstance(value, bool) and math.isfinite(value)
-            require(good, f"{field.name}={value!r} must be a {noun} number")
+            good = isinstance(value, kind) and not isinstance(value, bool) and -1e300 < value < 1e300
+            require(good, f"{field.name}={str(value)[:40]} must be a {noun} number")
             object.__setattr__(self, field.name, field.type(value))  # pyright: ignore  # NumPy's to Python's
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
+        usable = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6
+        require(usable, f"temperature={self.temperature} must be 0 (greedy) or in 1e-6 .. 1e6")
         require(self.top_k >= 0, f"top_k={self.top_k} must not be negative")
         require(0 <= self.seed < 2**32, f"seed={self.seed} must be in 0 .. 2**32 - 1")
         require(0 < self.top_p <= 1, f"top_p={self.top_p} must be in (0, 1]")

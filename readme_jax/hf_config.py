@@ -107,6 +107,8 @@ def _model_config(data: dict) -> ModelConfig:
         )
         head_dim = embed // head
     theta, scaling = _rope(data)
+    norm_eps = _field(data, "rms_norm_eps", float)
+    require(norm_eps >= 0, f"rms_norm_eps={norm_eps} must not be negative")
     attention_bias = family in ("llama", "qwen3") and _field(data, "attention_bias", bool, False)
     return ModelConfig(
         family=family,  # pyright: ignore[reportArgumentType]
@@ -118,7 +120,7 @@ def _model_config(data: dict) -> ModelConfig:
         # Only Llama has checkpoints from before grouped queries; elsewhere a default would be a guess.
         kv_head=_size(data, "num_key_value_heads", head if family == "llama" else _REQUIRED),
         head_dim=head_dim,
-        norm_eps=_field(data, "rms_norm_eps", float),
+        norm_eps=norm_eps,
         rope_theta=theta,
         max_position=_size(data, "max_position_embeddings"),
         tied=_field(data, "tie_word_embeddings", bool, False),
@@ -139,7 +141,7 @@ def _rope(data: dict) -> tuple[float, RopeScaling | None]:
     nested = [key for key, value in rope.items() if isinstance(value, dict)]
     require(not nested, f"{name}.{nested[0] if nested else ''}: one rotary embedding per layer type is not supported")
     theta = _field(rope, "rope_theta", float, _field(data, "rope_theta", float, 10000.0))
-    require(theta > 0, f"rope_theta={theta} must be greater than 0")
+    require(0 < theta < 3e38, f"rope_theta={theta} must be greater than 0 and fit float32")
     for place in (rope, data):
         share = _field(place, "partial_rotary_factor", float, 1.0)
         require(share == 1.0, f"partial_rotary_factor={share} is not supported: it must be 1")

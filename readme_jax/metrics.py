@@ -98,7 +98,7 @@ def _drop(path: Path, resume_at: int) -> list[dict]:
     """Rewrite a file of lines without those from `resume_at` on, and without one that a kill cut short or that is none
     of ours."""
     kept = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError, TypeError, KeyError):
             entry = json.loads(line)
             if entry["step"] < resume_at:

@@ -31,8 +31,8 @@ class RecordCache:
     for every record.
 
     The order and the batches of the pass do not depend on where a killed run stopped, so a resumed run sees bit-equal
-    arrays. Process 0 writes, all read. fields: name -> (shape of a record's row, dtype); a field is
-    `<folder>/<name>.<field>.npy`.
+    arrays. Files of another shape or cut short are computed again; changed values are not noticed. Process 0 writes,
+    all read. fields: name -> (shape of a record's row, dtype); a field is `<folder>/<name>.<field>.npy`.
     """
 
     def __init__(self, folder: Path, name: str, ids_N: np.ndarray, fields: dict[str, tuple[tuple[int, ...], Any]]):

@@ -27,6 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     parents = {"model": config.model, "data": config.data} | ({"router": config.router} if config.router else {})
     if not artifacts.finished(config.out, "evaluate", config, parents):
         evaluate(config, parents)
+    artifacts.verify(config.out, hashes=True)
     result = json.loads((config.out / "evaluation.json").read_text())
     for arm, domains in result["arms"].items():
         means = [f"{name} {entry['perplexity']:.2f}" for name, entry in domains.items()]

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 import yaml
 
-from readme_jax import api, artifacts, cli, quickstart, sources
-from readme_jax.config import ArtifactError
+from readme_jax import api, artifacts, cli, hf, quickstart, sources
+from readme_jax.carve import channels_of
+from readme_jax.config import ArtifactError, require
 from readme_jax.data import open_records
 from readme_jax.infer import export
 from readme_jax.metrics import Stopwatch, peak_memory_gb, reset_peak_memory
@@ -37,6 +38,9 @@ def main(argv: list[str] | None = None) -> None:
 
     run.stage("fetch", lambda: sources.fetch_domains(list(DOMAINS)), f["data"] / artifacts.MANIFEST)
     run.stage("import", lambda: import_hf.main(["--source", config.model, "--out", str(f["dense"])]))
+    cfg, experts, _ = hf.read_config(f["dense"])
+    require(experts is None, f"model={config.model} is carved already: the quickstart begins with a dense model")
+    channels_of(config.fraction, cfg.mlp)  # what carving would refuse is refused now
     domains = {name: {"source": "fallback"} for name in DOMAINS}
     tokens = {"train_tokens": sizes.train, "eval_tokens": sizes.test, "calibration_tokens": sizes.calibration}
     run.stage(

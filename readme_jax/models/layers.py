@@ -105,8 +105,8 @@ def apply_rope(x_BTNH: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Arra
 def attention(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask_BTS: jax.Array, scale: float) -> jax.Array:
     """Grouped-query attention, softmax in float32. mask_BTS: True where the query may see the key. Returns [B,T,N,H].
 
-    Query head n reads key head n // G. A row of the mask with no True gives a finite average, not NaN. The backward
-    pass computes the weights anew: kept, they would be N * T * S floats a layer.
+    Query head n reads key head n // G. A row of the mask with no True gives a finite average, not NaN, and has no
+    meaningful gradient. The backward pass computes the weights anew: kept, they would be N * T * S floats a layer.
     """
     b, t, n, h = q_BTNH.shape
     k = k_BSKH.shape[2]
