@@ -211,11 +211,13 @@ class Work:
 
     `scratch` names files and folders in `path` that only the work itself needs: they are no part of the result, and
     are removed once it is whole, so that a kill while it is being finished loses nothing (`finished` removes the rest).
+    `kept`: set when something is done that a later start can go on from; from then on no error removes it.
     """
 
     path: Path
     info: dict[str, Any]
     scratch: list[str] = dataclasses.field(default_factory=list)
+    kept: bool = False
 
 
 @contextlib.contextmanager
@@ -226,8 +228,8 @@ def building(
 
     The parents' hashes are checked first. The partial folder survives a kill, and the same run goes on from what it
     finds there; one of another run raises ArtifactError, since hours of work may lie in it. Bad input leaves nothing
-    of a folder begun here. A full disk leaves no result, but what earlier starts did, and raises ArtifactError. So does
-    a second process that would work in the same folder.
+    of a folder begun here, unless work of it is `kept`. A full disk leaves no result, but what was kept, and raises
+    ArtifactError. So does a second process that would work in the same folder.
     `resolved`: what config.yaml holds, where a program's whole config is more than `config`.
     """
     for parent in parents.values():
@@ -253,10 +255,10 @@ def _build(folder: Path, partial: Path, mine: dict, config: Any, parents: dict[s
         other = _difference(_read_json(mark, "stage", "fingerprint", "config"), mine, parents)
         advice = f"an unfinished result of another run is in {partial}; choose another out, or remove that folder"
         require(not other, f"{advice} ({other})", ArtifactError)
+    work = Work(partial, {}, kept=not fresh)
     try:
         if fresh:
             write_text(mark, json.dumps(mine))
-        work = Work(partial, {})
         yield work
         save_yaml(config, partial / "config.yaml")
         scratch = [MARK, LOCK, *work.scratch]
@@ -280,14 +282,14 @@ def _build(folder: Path, partial: Path, mine: dict, config: Any, parents: dict[s
         os.rename(partial, folder)
         _remove(folder, scratch)
     except (ConfigError, SourceError, CheckpointError, DataError, ArtifactError):
-        if fresh:
+        if not work.kept:
             shutil.rmtree(partial, ignore_errors=True)
         raise
     except OSError as error:
-        if fresh and error.errno in FULL:
+        if not work.kept and error.errno in FULL:
             shutil.rmtree(partial, ignore_errors=True)
-        kept = f"what an earlier start has done is kept in {partial}"
-        raise _refusal(folder, error, "nothing was written" if fresh else kept) from None
+        state = f"what is done so far is kept in {partial}" if work.kept else "nothing was written"
+        raise _refusal(folder, error, state) from None
 
 
 def _lock(partial: Path) -> IO:

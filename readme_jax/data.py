@@ -135,13 +135,17 @@ def prepare(
         mark = work.path / "inputs.json"
         if mark.is_file() and json.loads(mark.read_text()) != inputs:
             for stale in work.path.glob("*.*"):
-                if stale.name != artifacts.MARK:
+                if stale.name not in (artifacts.MARK, artifacts.LOCK):
                     stale.unlink()
         artifacts.write_text(mark, json.dumps(inputs))
         work.info["inputs"] = inputs
-        work.info["domains"] = {
-            name: _prepare_domain(work.path, name, config, tokenizer, vocab) for name in config.domains
-        }
+        made = work.info["domains"] = {}
+        try:
+            for name in config.domains:
+                made[name] = _prepare_domain(work.path, name, config, tokenizer, vocab)
+        except (OSError, SourceError):
+            work.kept |= bool(made)  # the text is not to blame: what is there serves the next start
+            raise
     return out
 
 

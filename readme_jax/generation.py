@@ -39,10 +39,11 @@ class Sampling:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value: Any = getattr(self, field.name)
+            value = value.item() if isinstance(value, np.generic) else value
             kind, noun = (numbers.Integral, "whole") if field.type is int else (numbers.Real, "finite")
             good = isinstance(value, kind) and not isinstance(value, bool) and -1e300 < value < 1e300
             require(good, f"{field.name}={str(value)[:40]} must be a {noun} number")
-            object.__setattr__(self, field.name, field.type(value))  # pyright: ignore  # NumPy's to Python's
+            object.__setattr__(self, field.name, field.type(value))  # pyright: ignore
         require(self.max_new_tokens >= 1, f"max_new_tokens={self.max_new_tokens} must be at least 1")
         require(self.temperature >= 0, f"temperature={self.temperature} must not be negative")
         usable = self.temperature == 0 or 1e-6 <= self.temperature <= 1e6

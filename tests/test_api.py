@@ -135,7 +135,7 @@ def test_what_is_no_prompt(models):
     model = models["tuned"]
     for prompts in (
         *([1, 2, 3], [[1.5]], [["one"]], [None], [[[1]]], ["one", 2], ["one", [1, 2]], np.ones((1, 1, 1), int)),
-        *({"one": 1}, None, 5, {"one"}, iter(["one"]), b"one"),
+        *({"one": 1}, None, 5, {"one"}, iter(["one"]), b"one", np.array(5)),
     ):
         with pytest.raises(DataError, match="prompts must be a text, a list of texts, or a list of lists"):
             model.generate(prompts, max_new_tokens=1)

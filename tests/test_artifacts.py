@@ -249,7 +249,7 @@ def test_a_full_disk_keeps_what_earlier_starts_did(tmp_path):
             with artifacts.building(out, "stage", Config(out), {}) as work:
                 (work.path / "half").write_text("hours of work")
                 raise error
-    assert "the disk is full; what an earlier start has done is kept" in str(caught.value)
+    assert "the disk is full; what is done so far is kept" in str(caught.value)
     assert (partial / "half").read_text() == "hours of work"
 
 

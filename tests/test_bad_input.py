@@ -515,7 +515,7 @@ def test_full_disk(stages, refused, tmp_path, monkeypatch, stage):
     refused([f"out={tmp_path / 'out'}", "the disk is full; nothing was written"], stage, *argv, early=False)
 
 
-def test_disk_that_fills_up_late(stages, refused, tmp_path, monkeypatch):
+def test_disk_that_fills_up_late(stages, refused, tmp_path, monkeypatch, capsys):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -526,7 +526,14 @@ def test_disk_that_fills_up_late(stages, refused, tmp_path, monkeypatch):
         refused(rule, "calibrate", *argv["calibrate"], early=False)
     with monkeypatch.context() as patch:
         patch.setattr(alternate, "write", full)
-        refused(rule, "alternate", *argv["alternate"], early=False)
+        with pytest.raises(SystemExit) as stop:
+            cli.run(cli.dispatch, ["alternate", *argv["alternate"]])
+    assert stop.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert all(word in last for word in (*rule, "what is done so far is kept in")), last
+    assert [p.name for p in (tmp_path / ".out.partial/checkpoints").iterdir() if p.name == "8"], "and so it is"
+    cli.dispatch(["alternate", *argv["alternate"]])
+    assert differing(tmp_path / "out", stages.tuned) == set()
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -175,7 +175,17 @@ def half_a_mark(folder):
     return "it was not written to its end"
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, unmark, lose, lose_tree, empty, half_a_mark])
+def another_mark(folder):
+    (folder / "whole.json").write_text('{"score": null, "files": {"a": 3}}')
+    return "whole.json is missing"
+
+
+def no_mark(folder):
+    (folder / "whole.json").write_text("[]")
+    return "whole.json is missing"
+
+
+@pytest.mark.parametrize("harm", [truncate, flip, unmark, lose, lose_tree, empty, half_a_mark, another_mark, no_mark])
 def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, mesh, capsys, harm):
     root = tmp_path / "c"
     saved(root, 3, 4, 6, keep=3)

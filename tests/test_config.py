@@ -155,6 +155,7 @@ def test_yaml_files(tmp_path):
     assert load_yaml(Outer, path) == load_yaml(Outer, tmp_path) == Outer(path=Path("p"), kind="b", inner=Inner(lr=3e-4))
     for text, message in (
         ("a: [", "not YAML"),
+        ("[" * 5000, "not YAML"),
         ("path: p\nkind: a\ninner: {lr: 1}\npath: q\n", "key 'path' is given twice"),
         ("path: p\nkind: a\ninner: {lr: 1, lr: 2}\n", "key 'lr' is given twice"),
         ("inner: {lr: 0}\npath: p\nkind: a\n", "inner: lr=0.0 must be positive"),

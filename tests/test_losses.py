@@ -281,3 +281,15 @@ def test_token_loss_by_row(mesh, chunk):
     nll = -np.take_along_axis(log_softmax(np.asarray(x, np.float64) @ head.T), target[..., None], -1)[..., 0]
     np.testing.assert_allclose(total, (nll * weight).sum(-1), rtol=1e-5)
     np.testing.assert_allclose(count, weight.sum(-1), rtol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4, 1e6])
+def test_log_softmax_of_any_size(scale):
+    logits_MV = (np.random.default_rng(0).normal(size=(5, 77)) * scale).astype(np.float32)
+    logits_MV[1] -= 3 * scale  # all of them negative
+    got = np.asarray(losses._log_softmax(jnp.asarray(logits_MV), None), np.float64)
+    wide = logits_MV.astype(np.float64)
+    shifted = wide - wide.max(-1, keepdims=True)
+    expected = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    np.testing.assert_allclose(got, expected, rtol=1e-6, atol=1e-6)
+    assert np.asarray(losses._largest(jnp.asarray(logits_MV)))[:, 0].tolist() == logits_MV.max(-1).tolist()

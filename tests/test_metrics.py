@@ -20,6 +20,8 @@ def test_a_line_a_step_and_nothing_twice_after_a_kill(tmp_path):
     # no close: what was logged is on disk at once; the last line is cut by the kill
     assert read_metrics(path) == [{"step": s, "loss": s / 2} for s in range(5)]
     path.write_text(path.read_text()[:-4])
+    with open(path, "ab") as file:  # what a disk may make of a line
+        file.write(b'\n\xff\xfe\n[]\n{"loss": 1}\n"step"\n')
     log = Metrics(path, resume_at=3)
     for step in range(3, 6):
         log.log(step, {"loss": -1.0})

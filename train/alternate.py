@@ -92,6 +92,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     said = functools.partial(label, teacher, table), functools.partial(top_k, teacher)
     with distributed.Stop() as stop:
         caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
+        work.kept |= bool(caches)
     del said
     teacher = teacher if config.experts.teacher else {}
     student, frozen = student_of(model, teacher, config.experts)
@@ -176,6 +177,7 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
                 watch.flush()
                 with pace.waiting("save"):
                     checkpoints.save(tick, phases, watch.score())
+                work.kept = True
                 timer.restart()
             if wish == STOP:
                 checkpoints.wait()

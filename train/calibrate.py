@@ -59,6 +59,7 @@ def main(argv: list[str] | None = None) -> None:
                     bar.update(sums[name].tokens - before)
                     if last.seconds > SAVE_EVERY:
                         _save({f"{n}/{k}": v for n, s in sums.items() for k, v in s.state().items()}, mark)
+                        work.kept = True
                         last = Stopwatch()
         mark.unlink(missing_ok=True)
         means = [s.means() for s in sums.values()]
