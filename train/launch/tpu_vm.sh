@@ -25,7 +25,8 @@ create)
   ;;
 setup)
   : "${SHARE:?NFS export that every worker mounts, such as 10.0.0.2:/vol1}"
-  git -C "$(dirname "$0")/../.." archive --format=tar.gz -o /tmp/readme-jax.tgz HEAD
+  root=$(git -C "$(dirname "$0")" rev-parse --show-toplevel)
+  git -C "$root" ls-files -z | tar --null -czf /tmp/readme-jax.tgz -C "$root" -T -    # as edited, committed or not
   gcloud compute tpus tpu-vm scp /tmp/readme-jax.tgz "$NAME": --zone "$ZONE" --worker=all
   on_workers all "
     set -e
@@ -34,8 +35,8 @@ setup)
     rm -rf readme-jax && mkdir readme-jax && tar -xzf readme-jax.tgz -C readme-jax
     command -v ~/.local/bin/uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
     ~/.local/bin/uv venv --clear --python 3.12 venv
-    VIRTUAL_ENV=venv ~/.local/bin/uv pip install -e './readme-jax[tpu]'
-    ln -sfn ~/readme-jax/configs $WORK/configs"
+    VIRTUAL_ENV=venv ~/.local/bin/uv pip install -e './readme-jax[tpu]'"
+  on_workers 0 "cp -rT readme-jax/configs $WORK/configs"
   ;;
 run)
   shift
