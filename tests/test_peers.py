@@ -1,8 +1,10 @@
 """The line between processes, its ends in threads; how processes find each other; what a signal does."""
 
+import json
 import os
 import queue
 import signal
+import socket
 import threading
 
 import pytest
@@ -11,6 +13,13 @@ from checkpoints import raises
 from readme_jax import distributed, peers
 from readme_jax.config import ConfigError, DataError, PeerError
 from readme_jax.distributed import Agreement, HostsConfig, Stop, arguments
+
+
+def _pair():
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        return near, server.accept()[0]
 
 
 @pytest.fixture
@@ -63,6 +72,33 @@ def test_who_is_gone_is_named_once_by_each(three):
     line[1]._links[0].shutdown(2)  # as told
     with pytest.raises(queue.Empty):
         seen.get(timeout=0.3)
+
+
+def test_a_frozen_process_is_gone(monkeypatch):
+    """Its connection stays open and its system answers, but no beat comes: each end finds that out by itself."""
+    seen = queue.SimpleQueue()
+    monkeypatch.setattr(peers, "say", seen.put)
+    monkeypatch.setattr(peers.os, "_exit", seen.put)
+    a, b = _pair()
+    line = peers.Peers(0, {1: (a, a.makefile("rb"))}, 0.4)
+    b.sendall(b'["value", 3]\n')
+    assert line.hear(1) == 3
+    assert json.loads(b.makefile("rb").readline()) == ["beat"]
+    assert seen.get(timeout=10).startswith("error: process 1 is gone (no sign of life for 0 s); process 0 ends too.")
+    assert seen.get(timeout=10) == 76
+    line.close()
+
+
+def test_beats_keep_a_silent_process(monkeypatch):
+    seen = queue.SimpleQueue()
+    monkeypatch.setattr(peers, "say", seen.put)
+    monkeypatch.setattr(peers.os, "_exit", seen.put)
+    a, b = _pair()
+    lines = [peers.Peers(0, {1: (a, a.makefile("rb"))}, 0.8), peers.Peers(1, {0: (b, b.makefile("rb"))}, 0.8)]
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=2)
+    for line in lines:
+        line.close()
 
 
 def test_a_failure_is_reported_with_its_words(three, monkeypatch):
