@@ -116,7 +116,7 @@ class Peers:
     def fail(self, text: str, code: int) -> NoReturn:
         """Tell the others why this process fails, and end it with exit code `code`. `text` has been shown here."""
         self._failing.set()
-        self.tell(["failed", self.process, text])
+        self.tell(["failed", self.process, text, code])
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -152,13 +152,14 @@ class Peers:
         if other not in self._left and not self._failing.is_set():
             self._end(other, f"process {other} is gone ({why})", ["gone", other, why])
 
-    def _end(self, source: int, what: str, message: Message | None = None) -> None:
+    def _end(self, source: int, what: str, message: Message | None = None, code: int = PeerError.exit_code) -> None:
         # Once only: those that process 0 has told end too, and are not to be reported as gone.
         if self._ending.acquire(blocking=False):
             if self.process == 0 and message is not None:
                 self.tell(message, but=source)
-            say(f"error: {what}; process {self.process} ends too. {PeerError.advice}")
-            self._exit(PeerError.exit_code, 2.0)
+            advice = f". {PeerError.advice}" if code == PeerError.exit_code else ""
+            say(f"error: {what}; process {self.process} ends too{advice}")
+            self._exit(code, 2.0)
 
     def _exit(self, code: int, linger: float) -> NoReturn:
         # Process 0 runs JAX's coordination service: the others should be gone before it, or JAX aborts them.
@@ -174,7 +175,10 @@ class Peers:
             self.tell(message, but=source)
         # An error that every process runs into, as most are, is reported by each in its own way.
         if not self._failing.wait(GRACE):
-            self._end(source, f"process {message[1]} failed ({message[2]})")
+            _, process, text, code = message
+            # Bad input is what it is for all: a script that starts the command again after 76 must not do so.
+            left = code if code == ReadMeError.exit_code else PeerError.exit_code
+            self._end(source, f"process {process} failed ({text})", code=left)
 
 
 def _line(message: Any) -> bytes:

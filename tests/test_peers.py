@@ -101,16 +101,20 @@ def test_beats_keep_a_silent_process(monkeypatch):
         line.close()
 
 
-def test_a_failure_is_reported_with_its_words(three, monkeypatch):
+@pytest.mark.parametrize("code, left", [(2, 2), (130, 76), (76, 76)])
+def test_a_failure_is_reported_with_its_words_and_code(three, monkeypatch, code, left):
+    """Bad input in one process alone is bad input for the run; all else is worth another start."""
     monkeypatch.setattr(peers, "GRACE", 0.1)
     line, seen = three
-    line[1].tell(["failed", 1, "disk full"])
+    line[1].tell(["failed", 1, "disk full", code])
     said = [seen.get(timeout=10) for _ in range(4)]
     lines = sorted(text for text in said if isinstance(text, str))
     assert [text.split(". ")[0] for text in lines] == [
         "error: process 1 failed (disk full); process 0 ends too",
         "error: process 1 failed (disk full); process 2 ends too",
     ]
+    assert [PeerError.advice in text for text in lines] == [left == 76] * 2
+    assert [number for number in said if not isinstance(number, str)] == [left] * 2
 
 
 def test_leaving_is_no_failure(three):
