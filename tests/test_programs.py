@@ -5,13 +5,14 @@ import gc
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from stages import ONE, differing, weights
 
-from readme_jax import api, artifacts, cli
+from readme_jax import api, artifacts, cli, loop
 from readme_jax import carve as carving
 from readme_jax.alternate import AlternateConfig
 from readme_jax.checkpoint import Checkpoints
@@ -229,6 +230,24 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
     with pytest.raises(ArtifactError, match="belongs to another run .*seed=0 there, 1 here"):
         stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
+
+
+def test_a_timed_checkpoint_is_written_once(stages, tmp_path, monkeypatch):
+    """With several processes a wish comes back a step late."""
+    now, wishes, saved, save = [0.0], [0], [], Checkpoints.save
+
+    class Late:
+        def step(self, wish):
+            now[0] += 60
+            wishes.append(wish)
+            return wishes[-2]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(alternate.distributed, "Agreement", Late)
+    monkeypatch.setattr(Checkpoints, "save", lambda own, tick, *rest: saved.append(tick) or save(own, tick, *rest))
+    run = {"rounds": 1, "router__steps": 2, "experts__steps": 7}
+    stages.alternate(tmp_path / "out", checkpoint__minutes=1.5, **run)
+    assert saved == [2, 6, 9], "phases end at 2 and 9; the time is up at 5, which is known at 6 and over with that"
 
 
 def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsys):

@@ -171,8 +171,9 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
                 values["load"] = load_E
             watch.step(tick, values)  # logs the step before while this one runs: the loop never waits for the device
             ends, tick = config.ends_phase(tick), tick + 1
-            wish = agreement.step(STOP if stop.asked else SAVE if timer.due() else 0)
-            if wish or ends or (config.checkpoint.steps and tick % config.checkpoint.steps == 0):
+            saves = ends or (config.checkpoint.steps > 0 and tick % config.checkpoint.steps == 0)
+            wish = agreement.step(STOP if stop.asked else SAVE if main and not saves and timer.due() else 0)
+            if wish or saves:
                 watch.flush()
                 with pace.waiting("save"):
                     checkpoints.save(tick, phases, watch.score())
