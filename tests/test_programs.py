@@ -272,6 +272,25 @@ def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsy
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize("owner, name", [("placement", "load_sharded"), ("optim", "make")])
+def test_asked_to_stop_outside_of_the_steps(stages, tmp_path, monkeypatch, capsys, owner, name):
+    """While the model is loaded, and between labels and steps: the first moment to leave is taken."""
+    own, began = getattr(getattr(alternate, owner), name), []
+
+    def asked(*args, **kwargs):
+        if not began:
+            began.append(os.kill(os.getpid(), signal.SIGTERM))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(getattr(alternate, owner), name, asked)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: stages.alternate(tmp_path / "out"))
+    assert stop.value.code == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM; nothing is lost"
+    labels = tmp_path / ".out.partial/labels.json"
+    assert labels.exists() == (name == "make") and not (tmp_path / ".out.partial/checkpoints/1").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, capsys):
     """It names step and records, and what is saved is from before it."""
     make = alternate.steps.make_expert_step

@@ -51,11 +51,18 @@ def main(argv: list[str] | None = None) -> None:
         pace = config.checkpoint
         with use_mesh(config.mesh) as mesh, building(config, parents) as work:
             with Checkpoints(work.path / "checkpoints", pace.keep, pace.keep_best) as checkpoints:
-                train(config, work, checkpoints, mesh)
+                with distributed.Stop() as stop:
+                    train(config, work, checkpoints, mesh, stop)
         distributed.show(f"tuned model: {config.out}")
 
 
-def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoints, mesh: jax.sharding.Mesh) -> None:
+def train(
+    config: AlternateConfig,
+    work: artifacts.Work,
+    checkpoints: Checkpoints,
+    mesh: jax.sharding.Mesh,
+    stop: distributed.Stop,
+) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
@@ -90,8 +97,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
     teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else {}
     said = functools.partial(label, teacher, table), functools.partial(top_k, teacher)
-    with distributed.Stop() as stop:
-        caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
+    stop.leave()
+    caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
     del said
     teacher = teacher if config.experts.teacher else {}
     student, frozen = student_of(model, teacher, config.experts)
@@ -115,9 +122,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     if tick:
         phases = checkpoints.restore(tick, phases)
         distributed.show(f"resumed at step {tick} of {config.total}")
+    stop.leave()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop)  # the same: what was asked after the last label still counts
-
         # ---- what is seen of it
         def figures(name: str) -> PhaseFigures:
             phase, own, total = plan[name], batches[name], plan[name].steps * config.rounds
