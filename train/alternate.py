@@ -67,7 +67,7 @@ def train(
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
     backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
-    experts = check(config, experts)
+    experts = check(config, experts, cfg.vocab)
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
