@@ -246,7 +246,7 @@ def first_records(records: dict[str, Records], count: int) -> dict[str, Records]
 
 
 def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> ExpertConfig:
-    """What the current mesh, the carved model (vocab: its tokens) and what is installed rule out, ConfigError before any
+    """What the current mesh, the carved model (vocab: its tokens) and missing extras rule out, ConfigError before any
     work; the model's experts."""
     for name, phase in (("router", config.router), ("experts", config.experts)):
         fits = phase.batch % batch_devices() == 0 or not phase.steps

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from readme_jax.config import PeerError, ReadMeError, require
 
 GRACE = 5.0  # seconds that a process has to report an error of its own when another one has reported one
+HELLO = 5.0  # seconds that a connection has to say who it is: the next one waits meanwhile
 Message = list[Any]
 Link = tuple[socket.socket, BinaryIO]
 
@@ -42,22 +43,35 @@ def _card(server: socket.socket, hosts: list[str]) -> dict[str, Any]:
 
 
 def accept(server: socket.socket, card: dict[str, Any], processes: int, timeout: float) -> "Peers":
-    """Process 0: wait for every other process. PeerError when one does not come within `timeout` seconds."""
+    """Process 0: wait for every other process; who else connects is sent away. PeerError when one does not come within
+    `timeout` seconds."""
     links: dict[int, Link] = {}
-    server.settimeout(timeout)
+    end = time.monotonic() + timeout
     with server:
-        while len(links) < processes - 1:
+        while missing := sorted(set(range(1, processes)) - set(links)):
             try:
+                server.settimeout(max(end - time.monotonic(), 0.001))
                 link, _ = server.accept()
-                link.settimeout(timeout)
-                reader = link.makefile("rb")  # kept: it may hold more than the first line
-                hello = json.loads(reader.readline())
-            except (OSError, ValueError):
-                missing = sorted(set(range(1, processes)) - set(links))
+            except OSError:
                 raise PeerError(f"process {missing[0]} did not connect within {timeout:.0f} s") from None
-            if hello.get("key") == card["key"]:
-                links[hello["process"]] = (link, reader)
+            link.settimeout(max(min(end - time.monotonic(), HELLO), 0.001))
+            reader = link.makefile("rb")  # kept: it may hold more than the first line
+            process = _hello(reader, card["key"])
+            if process in missing:
+                links[process] = (link, reader)
+            else:
+                link.close()
+                reader.close()
     return Peers(0, links, timeout)
+
+
+def _hello(reader: BinaryIO, key: str) -> int:
+    """The number of the process that knows the key; -1 for anybody else."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        hello = json.loads(reader.readline(500))
+        if isinstance(hello, dict) and hello.get("key") == key and isinstance(hello.get("process"), int):
+            return hello["process"]
+    return -1
 
 
 def connect(card: dict[str, Any], process: int, timeout: float, hosts: tuple[str, ...] = ()) -> "Peers":

@@ -6,6 +6,7 @@ import queue
 import signal
 import socket
 import threading
+import time
 
 import pytest
 from checkpoints import raises
@@ -134,6 +135,45 @@ def test_nobody_answers():
         peers.accept(server, card, 2, 0.05)
     with raises(PeerError, "process 1 cannot reach process 0", str(card["port"])):
         peers.connect(card | {"hosts": ["127.0.0.1"]}, 1, 1)
+
+
+def test_strangers_are_sent_away(monkeypatch):
+    """What else connects at the start ends nothing, and moves no deadline."""
+    monkeypatch.setattr(peers, "HELLO", 0.3)
+    server, card = peers.listen()
+    key = json.dumps(card["key"]).encode()
+    words = (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b"[]\n",
+        b"\xff\n",
+        b"[" * 5000,
+        b'{"key": "other", "process": 1}\n',
+        b'{"key": ' + key + b"}\n",
+        b'{"key": ' + key + b', "process": 7}\n',
+        b'{"key": ' + key + b', "process": "1"}\n',
+    )
+    strangers = [socket.create_connection(("127.0.0.1", card["port"])) for _ in (*words, "silent")]
+    for stranger, text in zip(strangers, words):
+        stranger.sendall(text)
+        stranger.close()
+    found = []
+    late = threading.Thread(target=lambda: found.append(peers.connect(card, 1, 10, ("127.0.0.1",))))
+    late.start()
+    found.append(peers.accept(server, card, 2, 10))
+    late.join()
+    found[1].tell(["value", 5])
+    assert found[0].hear(0) == 5
+    for line in found:
+        line.close()
+    server, card = peers.listen()
+    strangers += [socket.create_connection(("127.0.0.1", card["port"])) for _ in range(5)]
+    began = time.monotonic()
+    with raises(PeerError, "process 1 did not connect within 1 s"):
+        peers.accept(server, card, 2, 0.7)
+    assert time.monotonic() - began < 1.2
+    for stranger in strangers:
+        stranger.close()
 
 
 @pytest.mark.parametrize(
