@@ -16,7 +16,7 @@ from readme_jax.data import Records
 from readme_jax.distributed import HostsConfig
 from readme_jax.labels import LabelConfig
 from readme_jax.loop import ProfileConfig, whole
-from readme_jax.metrics import Pace
+from readme_jax.metrics import Pace, extra
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.optim import OptimConfig, cast
 from readme_jax.sharding import MeshConfig, batch_devices, model_devices, put
@@ -245,8 +245,9 @@ def first_records(records: dict[str, Records], count: int) -> dict[str, Records]
     return {name: Records(r.ids[:each], r.segments[:each]) if count else r for name, r in records.items()}
 
 
-def check(config: AlternateConfig, experts: ExpertConfig | None) -> ExpertConfig:
-    """What the current mesh and the carved model rule out, ConfigError before any work; the model's experts."""
+def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> ExpertConfig:
+    """What the current mesh, the carved model (vocab: its tokens) and missing extras rule out, ConfigError before any
+    work; the model's experts."""
     for name, phase in (("router", config.router), ("experts", config.experts)):
         fits = phase.batch % batch_devices() == 0 or not phase.steps
         require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
@@ -263,6 +264,15 @@ def check(config: AlternateConfig, experts: ExpertConfig | None) -> ExpertConfig
     if config.router.steps and config.router.teacher == "original":
         size = config.router.label_batch
         require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
+    k = config.experts.teacher_topk
+    require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
+
+    def installed() -> None:
+        for name, asked in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
+            if asked:
+                extra(name)
+
+    distributed.on_main(installed)  # the one that logs
     return experts
 
 

@@ -44,8 +44,9 @@ class HostsConfig:
     start_timeout: int = 300
     """Seconds that processes wait for each other at the start."""
     timeout: int = 60
-    """Seconds without a sign of life after which a process counts as gone and the others end (exit code 76). One that
-    is killed is noticed at once."""
+    """Seconds without a sign of life after which a process counts as gone and the others end (exit code 76): it is
+    frozen or its host is lost. One that is killed is noticed at once. One whose main thread hangs while its other
+    threads live goes on giving signs: that is not noticed."""
 
     def __post_init__(self):
         if self.coordinator:
@@ -141,7 +142,8 @@ def _start(config: HostsConfig, told: dict[str, Any]) -> None:
         jax.distributed.initialize(
             **told,
             initialization_timeout=config.start_timeout,
-            heartbeat_timeout_seconds=config.timeout + 10,  # after the line above it had its say
+            # Beats of JAX come every half of this: even so, long after the line above has had its say.
+            heartbeat_timeout_seconds=2 * config.timeout + 20,
             shutdown_timeout_seconds=60,
         )
     except (ValueError, RuntimeError) as error:
@@ -274,6 +276,12 @@ class Stop:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._before[number] = signal.signal(number, self._note)
         return self
+
+    def leave(self) -> None:
+        """Between pieces of work, where nothing is lost: Stopped when any process was asked. All come here together."""
+        asked = [why for why in everyone(self.asked) if why]
+        if asked:
+            raise Stopped(f"stopped by {asked[0]}; nothing is lost")
 
     def _note(self, number: int, frame: Any) -> None:
         self.asked = signal.Signals(number).name

@@ -106,7 +106,7 @@ class Profiler:
 
 
 class Timer:
-    """Whether `minutes` have passed since the last restart; with 0 they never have."""
+    """Whether `minutes` have passed since the last restart, said once; with 0 they never have."""
 
     def __init__(self, minutes: float):
         self._seconds = 60 * minutes
@@ -117,8 +117,11 @@ class Timer:
         self._start = time.perf_counter()
 
     def due(self) -> bool:
-        """Whether the time is up."""
-        return bool(self._seconds) and time.perf_counter() - self._start > self._seconds
+        """Whether the time is up. It then begins anew: what is asked for may be done a step later."""
+        up = bool(self._seconds) and time.perf_counter() - self._start > self._seconds
+        if up:
+            self.restart()
+        return up
 
 
 @dataclasses.dataclass(frozen=True)

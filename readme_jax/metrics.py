@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import importlib
 import json
 import math
 import resource
@@ -46,17 +47,9 @@ class Metrics:
         _drop(timing, resume_at)
         self._files = [open(file, "a", buffering=1) for file in (path, timing)]
         if tensorboard is not None:
-            try:
-                from tensorboardX import SummaryWriter
-            except ImportError:
-                raise ConfigError("tensorboard=true needs the extra: pip install 'readme-jax[tensorboard]'") from None
-            self._board = SummaryWriter(str(tensorboard))
+            self._board = extra("tensorboard").SummaryWriter(str(tensorboard))
         if wandb is not None:
-            try:
-                import wandb as library
-            except ImportError:
-                raise ConfigError("wandb needs the extra: pip install 'readme-jax[wandb]'") from None
-            self._wandb = library.init(**wandb)
+            self._wandb = extra("wandb").init(**wandb)
 
     def past(self, name: str) -> list[float]:
         """Values of the steps before the one the run was resumed at."""
@@ -92,6 +85,14 @@ class Metrics:
             self._board.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def extra(name: str) -> Any:
+    """The library of the extra `tensorboard` or `wandb`; ConfigError where it is missing."""
+    try:
+        return importlib.import_module({"tensorboard": "tensorboardX", "wandb": "wandb"}[name])
+    except ImportError:
+        raise ConfigError(f"{name} needs the extra: pip install 'readme-jax[{name}]'") from None
 
 
 def _drop(path: Path, resume_at: int) -> list[dict]:

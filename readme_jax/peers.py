@@ -2,7 +2,8 @@
 
 Process 0 listens, the others keep one TCP connection to it, and a thread waits at each end. When a process dies its
 connections close, so every other one knows at once and ends by itself with one line, whatever its main thread waits
-for: a collective of JAX would wait for ever on some backends, and die of a stack trace on others.
+for; when it is frozen or its host is lost, its beats stay away. Without this, a collective of JAX would wait for ever
+on some backends, and die of a stack trace on others.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from readme_jax.config import PeerError, ReadMeError, require
 
 GRACE = 5.0  # seconds that a process has to report an error of its own when another one has reported one
+HELLO = 5.0  # seconds that a connection has to say who it is: the next one waits meanwhile
 Message = list[Any]
 Link = tuple[socket.socket, BinaryIO]
 
@@ -41,22 +43,35 @@ def _card(server: socket.socket, hosts: list[str]) -> dict[str, Any]:
 
 
 def accept(server: socket.socket, card: dict[str, Any], processes: int, timeout: float) -> "Peers":
-    """Process 0: wait for every other process. PeerError when one does not come within `timeout` seconds."""
+    """Process 0: wait for every other process; who else connects is sent away. PeerError when one does not come within
+    `timeout` seconds."""
     links: dict[int, Link] = {}
-    server.settimeout(timeout)
+    end = time.monotonic() + timeout
     with server:
-        while len(links) < processes - 1:
+        while missing := sorted(set(range(1, processes)) - set(links)):
             try:
+                server.settimeout(max(end - time.monotonic(), 0.001))
                 link, _ = server.accept()
-                link.settimeout(timeout)
-                reader = link.makefile("rb")  # kept: it may hold more than the first line
-                hello = json.loads(reader.readline())
-            except (OSError, ValueError):
-                missing = sorted(set(range(1, processes)) - set(links))
+            except OSError:
                 raise PeerError(f"process {missing[0]} did not connect within {timeout:.0f} s") from None
-            if hello.get("key") == card["key"]:
-                links[hello["process"]] = (link, reader)
+            link.settimeout(max(min(end - time.monotonic(), HELLO), 0.001))
+            reader = link.makefile("rb")  # kept: it may hold more than the first line
+            process = _hello(reader, card["key"])
+            if process in missing:
+                links[process] = (link, reader)
+            else:
+                link.close()
+                reader.close()
     return Peers(0, links, timeout)
+
+
+def _hello(reader: BinaryIO, key: str) -> int:
+    """The number of the process that knows the key; -1 for anybody else."""
+    with contextlib.suppress(OSError, ValueError, RecursionError):
+        hello = json.loads(reader.readline(500))
+        if isinstance(hello, dict) and hello.get("key") == key and isinstance(hello.get("process"), int):
+            return hello["process"]
+    return -1
 
 
 def connect(card: dict[str, Any], process: int, timeout: float, hosts: tuple[str, ...] = ()) -> "Peers":
@@ -84,8 +99,10 @@ class Peers:
             for other, (_, reader) in links.items()
         ]
         for link in self._links.values():
-            _keep_alive(link, timeout)
-        for thread in self._threads:
+            link.settimeout(timeout)  # of every read: beats come more often
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._closed = threading.Event()
+        for thread in (*self._threads, threading.Thread(target=self._beat, daemon=True)):
             thread.start()
 
     def tell(self, message: Message, *, but: int = -1) -> None:
@@ -108,11 +125,12 @@ class Peers:
         """Take leave: from now on the end of this process is no failure."""
         self.tell(["bye"])
         self._left |= set(self._links)
+        self._closed.set()
 
     def fail(self, text: str, code: int) -> NoReturn:
         """Tell the others why this process fails, and end it with exit code `code`. `text` has been shown here."""
         self._failing.set()
-        self.tell(["failed", self.process, text])
+        self.tell(["failed", self.process, text, code])
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
@@ -122,11 +140,17 @@ class Peers:
         """Give the threads time to learn of a dead process and to end this one: then it does not return."""
         self._failing.wait(seconds)
 
+    def _beat(self) -> None:
+        while not self._closed.wait(self._timeout / 4):
+            self.tell(["beat"])
+
     def _listen(self, other: int, reader: BinaryIO) -> None:
         why = "its connection closed"
         try:
             for line in reader:
                 kind, *rest = message = json.loads(line)
+                if kind == "beat":
+                    continue
                 if kind == "bye":
                     self._left.add(other)
                 elif kind == "gone":
@@ -142,13 +166,14 @@ class Peers:
         if other not in self._left and not self._failing.is_set():
             self._end(other, f"process {other} is gone ({why})", ["gone", other, why])
 
-    def _end(self, source: int, what: str, message: Message | None = None) -> None:
+    def _end(self, source: int, what: str, message: Message | None = None, code: int = PeerError.exit_code) -> None:
         # Once only: those that process 0 has told end too, and are not to be reported as gone.
         if self._ending.acquire(blocking=False):
             if self.process == 0 and message is not None:
                 self.tell(message, but=source)
-            say(f"error: {what}; process {self.process} ends too. {PeerError.advice}")
-            self._exit(PeerError.exit_code, 2.0)
+            advice = f". {PeerError.advice}" if code == PeerError.exit_code else ""
+            say(f"error: {what}; process {self.process} ends too{advice}")
+            self._exit(code, 2.0)
 
     def _exit(self, code: int, linger: float) -> NoReturn:
         # Process 0 runs JAX's coordination service: the others should be gone before it, or JAX aborts them.
@@ -164,18 +189,10 @@ class Peers:
             self.tell(message, but=source)
         # An error that every process runs into, as most are, is reported by each in its own way.
         if not self._failing.wait(GRACE):
-            self._end(source, f"process {message[1]} failed ({message[2]})")
-
-
-def _keep_alive(link: socket.socket, timeout: float) -> None:
-    """A host that vanishes without a word (power, network) makes reads fail with TimeoutError after `timeout` s."""
-    link.settimeout(None)
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    probe = max(int(timeout / 4), 1)
-    options = {"TCP_KEEPIDLE": probe, "TCP_KEEPINTVL": probe, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(timeout * 1000)}
-    for name, value in (options | {"TCP_NODELAY": 1}).items():
-        if hasattr(socket, name):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+            _, process, text, code = message
+            # Bad input is what it is for all: a script that starts the command again after 76 must not do so.
+            left = code if code == ReadMeError.exit_code else PeerError.exit_code
+            self._end(source, f"process {process} failed ({text})", code=left)
 
 
 def _line(message: Any) -> bytes:

@@ -12,7 +12,7 @@ import numpy as np
 
 from readme_jax import artifacts, distributed
 from readme_jax.alternate import AlternateConfig
-from readme_jax.config import Stopped, require
+from readme_jax.config import Stopped
 from readme_jax.data import Batches
 from readme_jax.loop import whole
 from readme_jax.losses import TopK
@@ -123,7 +123,7 @@ def ask_teacher(
     """Caches of what the run needs the frozen model to say, complete. sizes: of the vocabulary, and experts.
 
     `labels`: target, float32 [T, E], by label(ids_BT, segments_BT). `top_k`: the fields of TopK, the ids in 2 bytes
-    where the vocabulary fits. ConfigError when the vocabulary has not K tokens. stop: see `RecordCache.fill`.
+    where the vocabulary fits. stop: see `RecordCache.fill`.
     """
     (vocab, experts), caches = sizes, {}
     if config.labelled:
@@ -132,7 +132,6 @@ def ask_teacher(
         caches["labels"] = RecordCache(folder, "labels", ids_N, {"target": ((own.seq, experts), np.float32)})
         _fill(caches["labels"], "label", own, size, lambda *rows: {"target": label(*rows)}, stop)
     if k := config.experts.teacher_topk:
-        require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
         own, token = batches["experts"], np.uint16 if vocab <= 1 << 16 else np.int32
         ids_N, seq = needed_records(own, config.rounds * config.experts.steps), own.seq
         fields = {"logp": ((seq, k), np.float32), "token": ((seq, k), token), "rest": ((seq,), np.float32)}

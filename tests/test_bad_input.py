@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -321,7 +322,7 @@ def test_stages_that_do_not_follow(stages, refused, tmp_path):
     refused(rule, "calibrate", "--model", stages.dense, "--data", tmp_path / "none", *out, *ONE)
 
 
-def test_alternate(stages, refused, tmp_path):
+def test_alternate(stages, refused, tmp_path, monkeypatch):
     def alternate(words, early=True, **changes):
         refused(words, "alternate", "--config", stages.yaml("alternate", tmp_path / "out", **changes), early=early)
 
@@ -333,7 +334,11 @@ def test_alternate(stages, refused, tmp_path):
     plain = {"experts__kd_weight": 0, "experts__ce_weight": 1}
     alternate(["experts", "teacher_topk=4 needs kd_weight > 0 and steps > 0"], experts__teacher_topk=4, **plain)
     alternate(["teacher_topk=-1 must not be negative"], experts__teacher_topk=-1)
-    alternate(["experts.teacher_topk=500", "has 384 tokens"], experts__teacher_topk=500, early=False)
+    alternate(["experts.teacher_topk=500", "has 384 tokens"], experts__teacher_topk=500)
+    for name, module, value in (("tensorboard", "tensorboardX", True), ("wandb", "wandb", "project")):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            alternate([f"{name} needs the extra: pip install 'readme-jax[{name}]'"], **{name: value})
     rule = ["experts.teacher_dtype=bfloat16 has no meaning"]
     alternate(rule, experts__teacher_dtype="bfloat16", router__teacher="current", **plain)
     alternate(["experts.optim", "rounding=nearest has no meaning"], experts__optim={"lr": 1, "rounding": "nearest"})

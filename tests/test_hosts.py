@@ -107,6 +107,24 @@ def test_goes_on_in_one_process(runs, stages, tmp_path, mesh, capsys):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_frozen_process_is_gone(runs, stages, tmp_path, frozen):
+    """Its system still answers for it; the other one ends as for a death, before JAX ends it with a stack trace."""
+    root, _ = runs
+    config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"hosts__timeout": 5}))
+    running = start("alternate", "--config", config, logs=tmp_path / "log", cache=str(root / "compiled"), **TWO)
+    until(tmp_path / ".out.partial/checkpoints/2/whole.json", running)
+    running[frozen].send_signal(signal.SIGSTOP)
+    began, other = time.monotonic(), 1 - frozen
+    assert ended([running[other]]) == [76], said(tmp_path / "log", other)
+    assert time.monotonic() - began < 10
+    running[frozen].kill()
+    (line,) = errors(tmp_path / "log", other)
+    head = f"error: process {frozen} is gone (no sign of life for 5 s); process {other} ends too."
+    assert line.startswith(head) and said(tmp_path / "log", other)[-1] == line
+
+
+@pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_its_code(runs, stages, tmp_path):
     """To one of two; the other learns of it. Then the run goes on to the same end."""
     root, _ = runs

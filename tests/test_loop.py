@@ -142,6 +142,11 @@ def test_timer(monkeypatch):
     now[0] = 124
     assert not timer.due()
     now[0] = 126
-    assert timer.due() and timer.due() and not never.due()
+    assert timer.due() and not never.due()
+    assert not timer.due(), "said once"
+    now[0] = 247
+    assert timer.due()
+    now[0] = 360
     timer.restart()
+    now[0] = 368
     assert not timer.due()

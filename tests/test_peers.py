@@ -1,9 +1,12 @@
 """The line between processes, its ends in threads; how processes find each other; what a signal does."""
 
+import json
 import os
 import queue
 import signal
+import socket
 import threading
+import time
 
 import pytest
 from checkpoints import raises
@@ -11,6 +14,13 @@ from checkpoints import raises
 from readme_jax import distributed, peers
 from readme_jax.config import ConfigError, DataError, PeerError
 from readme_jax.distributed import Agreement, HostsConfig, Stop, arguments
+
+
+def _pair():
+    """Both ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        return near, server.accept()[0]
 
 
 @pytest.fixture
@@ -65,16 +75,47 @@ def test_who_is_gone_is_named_once_by_each(three):
         seen.get(timeout=0.3)
 
 
-def test_a_failure_is_reported_with_its_words(three, monkeypatch):
+def test_a_frozen_process_is_gone(monkeypatch):
+    """Its connection stays open and its system answers, but no beat comes: each end finds that out by itself."""
+    seen = queue.SimpleQueue()
+    monkeypatch.setattr(peers, "say", seen.put)
+    monkeypatch.setattr(peers.os, "_exit", seen.put)
+    a, b = _pair()
+    line = peers.Peers(0, {1: (a, a.makefile("rb"))}, 0.4)
+    b.sendall(b'["value", 3]\n')
+    assert line.hear(1) == 3
+    assert json.loads(b.makefile("rb").readline()) == ["beat"]
+    assert seen.get(timeout=10).startswith("error: process 1 is gone (no sign of life for 0 s); process 0 ends too.")
+    assert seen.get(timeout=10) == 76
+    line.close()
+
+
+def test_beats_keep_a_silent_process(monkeypatch):
+    seen = queue.SimpleQueue()
+    monkeypatch.setattr(peers, "say", seen.put)
+    monkeypatch.setattr(peers.os, "_exit", seen.put)
+    a, b = _pair()
+    lines = [peers.Peers(0, {1: (a, a.makefile("rb"))}, 0.8), peers.Peers(1, {0: (b, b.makefile("rb"))}, 0.8)]
+    with pytest.raises(queue.Empty):
+        seen.get(timeout=2)
+    for line in lines:
+        line.close()
+
+
+@pytest.mark.parametrize("code, left", [(2, 2), (130, 76), (76, 76)])
+def test_a_failure_is_reported_with_its_words_and_code(three, monkeypatch, code, left):
+    """Bad input in one process alone is bad input for the run; all else is worth another start."""
     monkeypatch.setattr(peers, "GRACE", 0.1)
     line, seen = three
-    line[1].tell(["failed", 1, "disk full"])
+    line[1].tell(["failed", 1, "disk full", code])
     said = [seen.get(timeout=10) for _ in range(4)]
     lines = sorted(text for text in said if isinstance(text, str))
     assert [text.split(". ")[0] for text in lines] == [
         "error: process 1 failed (disk full); process 0 ends too",
         "error: process 1 failed (disk full); process 2 ends too",
     ]
+    assert [PeerError.advice in text for text in lines] == [left == 76] * 2
+    assert [number for number in said if not isinstance(number, str)] == [left] * 2
 
 
 def test_leaving_is_no_failure(three):
@@ -94,6 +135,45 @@ def test_nobody_answers():
         peers.accept(server, card, 2, 0.05)
     with raises(PeerError, "process 1 cannot reach process 0", str(card["port"])):
         peers.connect(card | {"hosts": ["127.0.0.1"]}, 1, 1)
+
+
+def test_strangers_are_sent_away(monkeypatch):
+    """What else connects at the start ends nothing, and moves no deadline."""
+    monkeypatch.setattr(peers, "HELLO", 0.3)
+    server, card = peers.listen()
+    key = json.dumps(card["key"]).encode()
+    words = (
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"",
+        b"[]\n",
+        b"\xff\n",
+        b"[" * 5000,
+        b'{"key": "other", "process": 1}\n',
+        b'{"key": ' + key + b"}\n",
+        b'{"key": ' + key + b', "process": 7}\n',
+        b'{"key": ' + key + b', "process": "1"}\n',
+    )
+    strangers = [socket.create_connection(("127.0.0.1", card["port"])) for _ in (*words, "silent")]
+    for stranger, text in zip(strangers, words):
+        stranger.sendall(text)
+        stranger.close()
+    found = []
+    late = threading.Thread(target=lambda: found.append(peers.connect(card, 1, 10, ("127.0.0.1",))))
+    late.start()
+    found.append(peers.accept(server, card, 2, 10))
+    late.join()
+    found[1].tell(["value", 5])
+    assert found[0].hear(0) == 5
+    for line in found:
+        line.close()
+    server, card = peers.listen()
+    strangers += [socket.create_connection(("127.0.0.1", card["port"])) for _ in range(5)]
+    began = time.monotonic()
+    with raises(PeerError, "process 1 did not connect within 1 s"):
+        peers.accept(server, card, 2, 0.7)
+    assert time.monotonic() - began < 1.2
+    for stranger in strangers:
+        stranger.close()
 
 
 @pytest.mark.parametrize(

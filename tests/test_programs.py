@@ -5,13 +5,14 @@ import gc
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from stages import ONE, differing, weights
 
-from readme_jax import api, artifacts, cli
+from readme_jax import api, artifacts, cli, loop
 from readme_jax import carve as carving
 from readme_jax.alternate import AlternateConfig
 from readme_jax.checkpoint import Checkpoints
@@ -231,6 +232,24 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
         stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
 
 
+def test_a_timed_checkpoint_is_written_once(stages, tmp_path, monkeypatch):
+    """With several processes a wish comes back a step late."""
+    now, wishes, saved, save = [0.0], [0], [], Checkpoints.save
+
+    class Late:
+        def step(self, wish):
+            now[0] += 60
+            wishes.append(wish)
+            return wishes[-2]
+
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(alternate.distributed, "Agreement", Late)
+    monkeypatch.setattr(Checkpoints, "save", lambda own, tick, *rest: saved.append(tick) or save(own, tick, *rest))
+    run = {"rounds": 1, "router__steps": 2, "experts__steps": 7}
+    stages.alternate(tmp_path / "out", checkpoint__minutes=1.5, **run)
+    assert saved == [2, 6, 9], "phases end at 2 and 9; the time is up at 5, which is known at 6 and over with that"
+
+
 def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsys):
     """SIGTERM in the midst of a phase and while labelling: exit code 75, and the next start goes on from there."""
     out, resumed = tmp_path / "tuned", []
@@ -251,6 +270,25 @@ def test_asked_to_stop_it_saves_and_says_so(stages, tmp_path, monkeypatch, capsy
     assert "resumed at step 7 of 8" in capsys.readouterr().out and resumed == ["resumed at step 1 of 8"]
     assert differing(out, stages.tuned) == set()
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("owner, name", [("placement", "load_sharded"), ("optim", "make")])
+def test_asked_to_stop_outside_of_the_steps(stages, tmp_path, monkeypatch, capsys, owner, name):
+    """While the model is loaded, and between labels and steps: the first moment to leave is taken."""
+    own, began = getattr(getattr(alternate, owner), name), []
+
+    def asked(*args, **kwargs):
+        if not began:
+            began.append(os.kill(os.getpid(), signal.SIGTERM))
+        return own(*args, **kwargs)
+
+    monkeypatch.setattr(getattr(alternate, owner), name, asked)
+    with pytest.raises(SystemExit) as stop:
+        cli.run(lambda _: stages.alternate(tmp_path / "out"))
+    assert stop.value.code == 75
+    assert capsys.readouterr().err.splitlines()[-1] == "stopped by SIGTERM; nothing is lost"
+    labels = tmp_path / ".out.partial/labels.json"
+    assert labels.exists() == (name == "make") and not (tmp_path / ".out.partial/checkpoints/1").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, capsys):

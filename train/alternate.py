@@ -51,16 +51,23 @@ def main(argv: list[str] | None = None) -> None:
         pace = config.checkpoint
         with use_mesh(config.mesh) as mesh, building(config, parents) as work:
             with Checkpoints(work.path / "checkpoints", pace.keep, pace.keep_best) as checkpoints:
-                train(config, work, checkpoints, mesh)
+                with distributed.Stop() as stop:
+                    train(config, work, checkpoints, mesh, stop)
         distributed.show(f"tuned model: {config.out}")
 
 
-def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoints, mesh: jax.sharding.Mesh) -> None:
+def train(
+    config: AlternateConfig,
+    work: artifacts.Work,
+    checkpoints: Checkpoints,
+    mesh: jax.sharding.Mesh,
+    stop: distributed.Stop,
+) -> None:
     """The run: data, model, steps, resume, loop, result."""
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
     backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
-    experts = check(config, experts)
+    experts = check(config, experts, cfg.vocab)
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
@@ -90,9 +97,9 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     top_k = steps.make_top_k(cfg, config.experts.teacher_topk, config.experts.head_chunk, dtype)
     teacher = optim.cast(model, config.experts.teacher_dtype) if config.asks_teacher else {}
     said = functools.partial(label, teacher, table), functools.partial(top_k, teacher)
-    with distributed.Stop() as stop:
-        caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
-        work.kept |= bool(caches)
+    stop.leave()
+    caches = ask_teacher(config, work.path, batches, (cfg.vocab, experts.experts), *said, stop=lambda: stop.asked)
+    work.kept |= bool(caches)
     del said
     teacher = teacher if config.experts.teacher else {}
     student, frozen = student_of(model, teacher, config.experts)
@@ -116,9 +123,8 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
     if tick:
         phases = checkpoints.restore(tick, phases)
         distributed.show(f"resumed at step {tick} of {config.total}")
+    stop.leave()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(stop)  # the same: what was asked after the last label still counts
-
         # ---- what is seen of it
         def figures(name: str) -> PhaseFigures:
             phase, own, total = plan[name], batches[name], plan[name].steps * config.rounds
@@ -172,8 +178,9 @@ def train(config: AlternateConfig, work: artifacts.Work, checkpoints: Checkpoint
                 values["load"] = load_E
             watch.step(tick, values)  # logs the step before while this one runs: the loop never waits for the device
             ends, tick = config.ends_phase(tick), tick + 1
-            wish = agreement.step(STOP if stop.asked else SAVE if timer.due() else 0)
-            if wish or ends or (config.checkpoint.steps and tick % config.checkpoint.steps == 0):
+            saves = ends or (config.checkpoint.steps > 0 and tick % config.checkpoint.steps == 0)
+            wish = agreement.step(STOP if stop.asked else SAVE if main and not saves and timer.due() else 0)
+            if wish or saves:
                 watch.flush()
                 with pace.waiting("save"):
                     checkpoints.save(tick, phases, watch.score())
