@@ -142,7 +142,7 @@ def _start(config: HostsConfig, told: dict[str, Any]) -> None:
         jax.distributed.initialize(
             **told,
             initialization_timeout=config.start_timeout,
-            # Beats of JAX come every half of this: even so, long after the line above has had its say.
+            # long after the line above has had its say, whenever JAX beat last
             heartbeat_timeout_seconds=2 * config.timeout + 20,
             shutdown_timeout_seconds=60,
         )
