@@ -126,8 +126,8 @@ class Pace:
     """Where the wall time of a loop goes: waiting for data, waiting for the device, saving; the rest is host work.
 
     `lap` closes a step and gives its figures: seconds, shares and percentiles over the last `window` steps of the same
-    kind. The first of a kind, which compiles, is left out of them. inline: programs run inside their call (CPU), which
-    is then no host work.
+    kind. The first of a kind, which compiles, is left out of them. inline: a program may run inside its call (CPU), so
+    that calls count as device; the host's own part of a call, about half a millisecond, is then counted there too.
     """
 
     def __init__(self, window: int = 100, inline: bool = False):
