@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import optim, steps
-from readme_jax.alternate import AlternateConfig
-from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.alternate import AlternateConfig, check
+from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss, TopK
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
@@ -147,25 +147,6 @@ def _groups(count: int, experts: int) -> tuple[int, int]:
     return rows, bucket(-(-count // rows) + experts // 2, 1)
 
 
-def check(run: Run) -> None:
-    """The rules of the training program that shapes decide, in its words: ConfigError."""
-    config, tied = run.config, run.experts.storage == "tied"
-    backbone.param_specs(run.model)
-    for name, one in (("router", config.router), ("experts", config.experts)):
-        fits = one.batch % batch_devices() == 0 or not one.steps
-        require(fits, f"{name}.batch={one.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
-    way, devices = config.experts.way, batch_devices() * model_devices()
-    require(devices == 1 or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
-    alone = run.experts.experts == 1
-    require(not alone or config.router.steps == 0, "router.steps must be 0 for a model with one expert")
-    require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
-    require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
-    require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
-    size, cached = config.router.label_batch, config.router.steps and config.router.teacher == "original"
-    fits = not cached or size % batch_devices() == 0
-    require(fits, f"router.label_batch={size} must be a multiple of {batch_devices()}")
-
-
 def student(run: Run) -> tuple[Any, Any]:
     """(tuned, frozen) parts of the backbone while experts are tuned."""
     own = run.config.experts
@@ -183,7 +164,8 @@ def top_k(run: Run) -> TopK:
 def train_steps(run: Run) -> dict[str, Step]:
     """The jitted functions that a run calls, by name: teacher, label, router, route, experts; those it does not call
     are left out. Same functions, same order of arguments as in train/alternate.py."""
-    check(run)
+    backbone.param_specs(run.model)  # what the mesh cannot split is refused first, as there
+    check(run.config, run.experts, run.model.vocab)
     config, cfg, dtype = run.config, run.model, jnp.dtype(run.config.dtype)
     tuning, chosen = config.router, config.experts
     experts, (tuned, frozen) = table(run), student(run)

@@ -246,8 +246,8 @@ def first_records(records: dict[str, Records], count: int) -> dict[str, Records]
 
 
 def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> ExpertConfig:
-    """What the current mesh, the carved model (vocab: its tokens) and missing extras rule out, ConfigError before any
-    work; the model's experts."""
+    """What the current mesh and the carved model (vocab: its tokens) rule out, ConfigError before any work; the model's
+    experts."""
     for name, phase in (("router", config.router), ("experts", config.experts)):
         fits = phase.batch % batch_devices() == 0 or not phase.steps
         require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
@@ -261,19 +261,23 @@ def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> 
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
     require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
     require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
-    if config.router.steps and config.router.teacher == "original":
+    if config.labelled:
         size = config.router.label_batch
         require(size % batch_devices() == 0, f"router.label_batch={size} must be a multiple of {batch_devices()}")
     k = config.experts.teacher_topk
     require(k <= vocab, f"experts.teacher_topk={k}, the vocabulary has {vocab} tokens")
+    return experts
+
+
+def check_extras(config: AlternateConfig) -> None:
+    """ConfigError when a library that is to log is missing on process 0, which logs."""
 
     def installed() -> None:
         for name, asked in (("tensorboard", config.tensorboard), ("wandb", config.wandb)):
             if asked:
                 extra(name)
 
-    distributed.on_main(installed)  # the one that logs
-    return experts
+    distributed.on_main(installed)
 
 
 @contextlib.contextmanager

@@ -49,7 +49,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Tokens and FLOPs of a whole run, by phase: labels (those computed before the loop), router, experts."""
+    """Tokens and FLOPs of a whole run, by phase: router, experts, and before them labels and the teacher's top-k."""
 
     tokens: dict[str, int]
     flops: dict[str, float]
@@ -158,11 +158,15 @@ def work(run: Run, records: int = 0) -> Work:
         tokens[name] = config.rounds * phase.steps * phase.batch * phase.accum * run.seq
         each = flops.train_flops_per_token(cfg, experts, phase, run.seq, router=run.router, used=run.used or None)
         needed[name] = tokens[name] * each
-    if config.router.steps and config.router.teacher == "original":
-        limits = [n for n in (records, config.router.records) if n]
-        labelled = min([tokens["router"] // run.seq, *limits])
-        tokens["labels"] = labelled * run.seq
-        needed["labels"] = tokens["labels"] * flops.label_flops(cfg, experts.experts, run.seq)
+    asked = {}  # before the loop, each record once
+    if config.labelled:
+        asked["labels"] = ("router", config.router.records, flops.label_flops(cfg, experts.experts, run.seq))
+    if config.experts.teacher_topk:
+        dense = flops.layers(cfg, run.seq, cfg.mlp).total + flops.head_flops(cfg)
+        asked["teacher"] = ("experts", 0, dense)
+    for name, (phase, most, each) in asked.items():
+        tokens[name] = run.seq * min([tokens[phase] // run.seq, *(n for n in (records, most) if n)])
+        needed[name] = tokens[name] * each
     return Work(tokens, needed)
 
 

@@ -125,6 +125,10 @@ def test_levers_of_precision(llama2):
         changed = dataclasses.replace(run, config=dataclasses.replace(run.config, experts=kept))
         before = planning.memory(changed, "tpu")["teacher"]  # which fills the cache, before there is an optimizer
     assert before.optimizer == 0 and before.weights == pytest.approx(4 * each, rel=0.01)
+    asked = planning.work(changed)
+    assert asked.tokens["teacher"] == asked.tokens["experts"] and planning.work(changed, 10).tokens["teacher"] == 40960
+    dense = planning.work(run).flops["experts"] - asked.flops["experts"]  # what no longer runs in each step
+    assert asked.flops["teacher"] == pytest.approx(dense)
 
 
 def test_a_carved_folder_and_its_data(stages, tmp_path):

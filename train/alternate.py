@@ -18,14 +18,8 @@ import numpy as np
 
 from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
 from readme_jax.accelerators import peak_flops
-from readme_jax.alternate import (
-    AlternateConfig,
-    RoutedBatches,
-    building,
-    check,
-    first_records,
-    student_of,
-)
+from readme_jax.alternate import AlternateConfig, RoutedBatches, building, check_extras, first_records, student_of
+from readme_jax.alternate import check as check_config
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import Stopped, require
 from readme_jax.data import Batches, open_records
@@ -67,7 +61,8 @@ def train(
     # ---- data
     cfg, experts, router_cfg = hf.read_config(config.model)
     backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
-    experts = check(config, experts, cfg.vocab)
+    experts = check_config(config, experts, cfg.vocab)
+    check_extras(config)
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
