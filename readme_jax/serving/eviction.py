@@ -40,8 +40,8 @@ def farthest(
     first. A page of the step becomes a candidate once its group has run. Where no candidate is left, a page of the
     farthest later group goes (and is loaded again for it): every candidate's next use is later than that.
     """
-    count, last = len(pass_N), len(groups) - 1
-    section_K = np.repeat(np.arange(last + 1), [*np.diff(groups), len(pool_K) - count])
+    last = len(groups) - 1
+    section_K = np.repeat(np.arange(last + 1), np.diff([*groups, len(pool_K)]))
     order = np.lexsort((-key_K, section_K))
     # Pages of one section with one key form a run; a heap holds the next run of each section that is open.
     edge = (np.diff(key_K[order], prepend=-1) != 0) | (np.diff(section_K[order], prepend=-1) != 0)
@@ -53,7 +53,7 @@ def farthest(
     passes, lacking, waiting = pass_N.tolist(), [[] for _ in range(last)], absent.tolist()
     for place, group in zip(waiting, section_K[absent].tolist()):
         lacking[group].append(place)
-    heap, late = [], count - 1
+    heap, late = [], len(pass_N) - 1
     if first_run[last] < first_run[last + 1]:
         heap.append((-run_key[first_run[last]], first_run[last], last))
     places, victims, taken, free_at = [], [], [], []
