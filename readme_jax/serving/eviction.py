@@ -108,8 +108,9 @@ def farthest(
 class Order:
     """Resident pages ranked by what has been read: the policies lru, lfu and random. `slots` pages fit.
 
-    lru: victim is the least recently read. lfu: read in the fewest passes since the start, resident or not; of equal
-    ones the least recently read. random: any, uniformly. Never a page of the group that is being read.
+    lru: victim is the least recently read (of one pass, what was resident before what it loaded). lfu: read in the
+    fewest passes since the start, resident or not; of equal ones the least recently read. random: any, uniformly. Never
+    a page of the group that is being read.
     """
 
     def __init__(self, policy: Literal["lru", "lfu", "random"], items: int, slots: int, seed: int):
