@@ -18,7 +18,7 @@ from readme_jax.serving.bank import Bank, Mode, Need
 Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
 MODES: tuple[Mode, ...] = ("layer", "column")
-FAR = 1 << 40  # steps: no announced step needs it
+FAR = 1 << 30  # steps: no announced step needs it
 NO_IDS, NO_PASSES = np.zeros(0, np.int32), np.zeros(0, np.int64)
 NO_LOADS = (NO_IDS, NO_IDS, NO_IDS, NO_PASSES)
 
@@ -220,7 +220,8 @@ class Residency:
             count.loads += len(load_items_M)
             count.bytes_loaded += len(load_items_M) * bank.page_bytes
             count.evictions += int(np.count_nonzero(victims_M >= 0))
-            firsts = np.flatnonzero(np.diff(self._layer_of[load_items_M], prepend=-1))
+            layer_M = self._layer_of[load_items_M]
+            firsts = np.concatenate([[0], np.flatnonzero(layer_M[1:] != layer_M[:-1]) + 1])
             lacked = np.logical_or.reduceat(self._touch_IE[load_items_M], firsts, axis=0).sum(0)
             count.token_layer_hits -= sum(w * int(lacked[e]) for w, e in zip(weights, ids))
 
