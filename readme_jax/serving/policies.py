@@ -18,7 +18,7 @@ from readme_jax.serving.request import Request
 
 Policy = Literal["fcfs", "decode-first", "prefill-first", "longest-queue", "expert-aware"]
 
-PROMPTS = 8  # prompts weighed against each other for one place in a batch, the oldest: bounds the time a batch takes
+PROMPTS = 4  # prompts weighed against each other for one place in a batch, the oldest: bounds the time a batch takes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,21 +62,28 @@ class Cost:
 
 
 @functools.cache
-def only(expert: int) -> frozenset[int]:
-    """The set of one expert."""
-    return frozenset((expert,))
+def members(mask: int) -> frozenset[int]:
+    """The experts of a bit mask, which is what sets of experts are in here: bit e for expert e."""
+    return frozenset(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
 
 
-def growth(experts: list[int], start: int, end: int) -> list[tuple[int, frozenset[int]]]:
+Growth = list[tuple[int, int]]
+
+
+def growth(experts: list[int], start: int, end: int) -> Growth:
     """How the set of experts grows along experts[start:end]: (tokens that do with this set, set), smallest first."""
-    firsts = sorted((experts.index(expert, start, end), expert) for expert in set(experts[start:end]))
-    ends = [first for first, _ in firsts[1:]] + [end]
-    grown = itertools.accumulate((only(expert) for _, expert in firsts), operator.or_)
-    return [(stop - start, experts_so_far) for stop, experts_so_far in zip(ends, grown, strict=True)]
+    firsts = sorted([(experts.index(expert, start, end), expert) for expert in set(experts[start:end])])
+    grown, mask = [], 0
+    for first, expert in firsts:
+        if mask:
+            grown.append((first - start, mask))
+        mask |= 1 << expert
+    grown.append((end - start, mask))
+    return grown
 
 
 class Draft:
-    """A batch in the making: picks (request, start, count), the room left, the experts so far.
+    """A batch in the making: picks (request, start, count), the room left, the experts so far (a mask).
 
     worth: requests brought forward, a part of a chunk counting as its share. grant(request, end, urgent): finds room
     for the keys and values of tokens before `end`; none where a batch is only imagined.
@@ -86,7 +93,7 @@ class Draft:
         self.requests, self.tokens, self.grant = limits.batch_requests, limits.batch_tokens, grant
         self.picks: list[tuple[Request, int, int]] = []
         self.taken: set[Request] = set()
-        self.experts: frozenset[int] = frozenset()
+        self.experts = 0
         self.worth = 0.0
 
 
@@ -94,7 +101,8 @@ class View:
     """What could run next: each request's next token to compute, and the decoding ones by expert.
 
     at: by age. number: of the batch that is formed next. patience: batches after which a request is urgent.
-    missing_bytes: of these experts' weights, what is not on the device; none: nothing is missing.
+    missing_bytes: of these experts' weights, what is not on the device; none: nothing is missing. chunks: start of the
+    next chunk of prompts and `growth` along it, kept from view to view.
     """
 
     def __init__(
@@ -105,16 +113,17 @@ class View:
         patience: float = math.inf,
         cost: Cost | None = None,
         missing_bytes: Callable[[frozenset[int]], float] | None = None,
+        chunks: dict[Request, tuple[int, Growth]] | None = None,
     ):
         self.limits, self.number, self.patience = limits, number, patience
         self.cost, self.missing_bytes = cost, missing_bytes
         self.at: dict[Request, int] = {}
         self.decodes: dict[int, list[Request]] = {}
         self.prefills: dict[Request, None] = {}
-        self.held: frozenset[int] = frozenset()  # experts of the batch before, where that is imagined
+        self.held = 0  # experts of the batch before, where that is imagined
         self._served: set[Request] = set()  # taken, and still here with the rest of a prompt
-        self._prices: dict[frozenset[int], float] = {}
-        self._growth: dict[Request, tuple[int, list[tuple[int, frozenset[int]]]]] = {}
+        self._prices: dict[int, float] = {}
+        self._chunks = {} if chunks is None else chunks
         for request in requests:
             start = request.computed + request.flying
             left = len(request.tokens) - start
@@ -152,10 +161,10 @@ class View:
         draft.requests -= 1
         draft.tokens -= count
         draft.worth += count / min(left, self.limits.chunk)
-        if count == 1:
-            draft.experts |= only(request.experts[start])
+        if left == 1:
+            draft.experts |= 1 << request.experts[start]
         else:
-            draft.experts |= frozenset(request.experts[start : start + count])
+            draft.experts |= next(experts for stop, experts in self.chunks(request) if count <= stop)
         if count == left:
             self.remove(request)
         else:
@@ -171,24 +180,24 @@ class View:
             if request in self.at and request not in self._served:
                 self.take(draft, request, urgent=True)
 
-    def chunks(self, request: Request) -> list[tuple[int, frozenset[int]]]:
+    def chunks(self, request: Request) -> Growth:
         """`growth` along the next chunk of a request."""
         start = self.at[request]
-        known = self._growth.get(request)
+        known = self._chunks.get(request)
         if known is None or known[0] != start:
             end = min(len(request.tokens), start + self.limits.chunk)
-            known = self._growth[request] = start, growth(request.experts, start, end)
+            known = self._chunks[request] = start, growth(request.experts, start, end)
         return known[1]
 
-    def price(self, experts: frozenset[int]) -> float:
+    def price(self, experts: int) -> float:
         """Bytes read, or time for as many, of a step with these experts."""
         price = self._prices.get(experts)
         if price is None:
             assert self.cost is not None
-            price = self.cost.fixed_bytes + self.cost.read_bytes(experts)
-            absent = experts - self.held
+            price = self.cost.fixed_bytes + self.cost.read_bytes(members(experts))
+            absent = experts & ~self.held
             if self.missing_bytes and absent:
-                price += self.cost.load * self.missing_bytes(absent)
+                price += self.cost.load * self.missing_bytes(members(absent))
             self._prices[experts] = price
         return price
 
@@ -231,10 +240,8 @@ def longest_queue(view: View, draft: Draft) -> None:
     for a prompt, which attention forbids to split by expert. Without `max_wait` an expert that few ask for starves.
     """
     view.take_urgent(draft)
-    queues: dict[frozenset[int], list[Request]] = {}
-    tokens: dict[frozenset[int], int] = {}
-    for expert, requests in view.decodes.items():
-        queues[only(expert)], tokens[only(expert)] = list(requests), len(requests)
+    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items()}
+    tokens = {experts: len(requests) for experts, requests in queues.items()}
     for request in view.prefills:
         if request not in draft.taken:
             count, experts = view.chunks(request)[-1]
@@ -252,14 +259,14 @@ def expert_aware(view: View, draft: Draft) -> None:
     that are in already is free, so it always joins. Those passed over too often come first whatever they cost.
     """
     view.take_urgent(draft)
-    limits = view.limits
+    limits, price = view.limits, view.price
     while draft.requests and draft.tokens:
-        best = view.price(draft.experts) / draft.worth if draft.worth else math.inf
+        best = price(draft.experts) / draft.worth if draft.worth else math.inf
         chosen: tuple[list[Request], int] | None = None
+        room = min(draft.requests, draft.tokens)
         for expert, queue in view.decodes.items():
             if queue:
-                worth = draft.worth + min(len(queue), draft.requests, draft.tokens)
-                score = view.price(draft.experts | only(expert)) / worth
+                score = price(draft.experts | 1 << expert) / (draft.worth + min(len(queue), room))
                 if score < best:
                     best, chosen = score, (queue, 1)
         prompts = (request for request in view.prefills if request not in draft.taken)
@@ -267,7 +274,7 @@ def expert_aware(view: View, draft: Draft) -> None:
             whole = min(len(request.tokens) - view.at[request], limits.chunk)
             for count, experts in view.chunks(request):
                 count = min(count, draft.tokens)
-                score = view.price(draft.experts | experts) / (draft.worth + count / whole)
+                score = price(draft.experts | experts) / (draft.worth + count / whole)
                 if score < best:
                     best, chosen = score, ([request], count)
                 if count == draft.tokens:
@@ -286,3 +293,4 @@ POLICIES: dict[str, Callable[[View, Draft], None]] = {
     "longest-queue": longest_queue,
     "expert-aware": expert_aware,
 }
+BOUNDED = ("longest-queue", "expert-aware")  # the policies that `Limits.max_wait` keeps from passing over for ever
