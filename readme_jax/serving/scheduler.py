@@ -125,6 +125,7 @@ class Scheduler:
         POLICIES[self.policy](view, draft)
         self._ahead = []
         if not draft.picks:
+            view.flying = False
             return None
         view.close(draft)
         for request, _, count in draft.picks:
@@ -196,10 +197,10 @@ class Scheduler:
         self._view, self._ahead = None, []
 
     def _look(self) -> View:
-        wait, limits = self.limits.max_wait, self.limits
-        bounded = wait is not None and self.policy in BOUNDED
-        patience = math.inf if not bounded else wait * len(self.live) / limits.batch_requests
-        return View(self.live, limits, self.number, patience, self.cost, self._missing_bytes, self._chunks)
+        limits = self.limits
+        patience = limits.patience(len(self.live)) if self.policy in BOUNDED else math.inf
+        flying = self._flying > 0
+        return View(self.live, limits, self.number, patience, self.cost, self._missing_bytes, self._chunks, flying)
 
     def _wait(self, request: Request) -> None:
         """Into the waiting line, in order of age: nearly always at one of its ends."""
