@@ -4,12 +4,14 @@ A policy is a function of a `View` (what could run) and a `Draft` (the batch so 
 device, so the same function also tells what the batches after this one would be.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import math
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -91,6 +93,11 @@ def growth(experts: list[int], start: int, end: int) -> Growth:
     return grown
 
 
+def age(request: Request) -> tuple[float, int]:
+    """What requests are ordered by, oldest first."""
+    return request.arrival, request.number
+
+
 class Draft:
     """A batch in the making: picks (request, start, count), the room left, the experts so far (a mask).
 
@@ -133,7 +140,7 @@ class View:
         self.prefills: dict[Request, None] = {}
         self.flying = flying
         self.held = 0  # experts of the batch before, where that is imagined
-        self._served: set[Request] = set()  # taken, and still here with the rest of a prompt
+        self._since: dict[Request, int] = {}  # of those taken that are still here with the rest of a prompt
         self._prices: dict[int, float] = {}
         self._chunks = {} if chunks is None else chunks
         for request in requests:
@@ -149,8 +156,13 @@ class View:
                         self.decodes[expert].append(request)
                     else:
                         self.decodes[expert] = [request]
-        self._waited = iter(sorted(self.at, key=operator.attrgetter("since")) if patience < math.inf else ())
-        self._next_waited = next(self._waited, None)
+        self._waited: deque[tuple[int, Request]] = deque()  # the longest wait first
+        if patience < math.inf:
+            self._waited.extend((r.since, r) for r in sorted(self.at, key=operator.attrgetter("since")))
+
+    def since(self, request: Request) -> int:
+        """Number of the batch that could have taken it first."""
+        return self._since.get(request, request.since)
 
     def remove(self, request: Request) -> None:
         """It cannot run after all, or has nothing left to run."""
@@ -181,15 +193,14 @@ class View:
             self.remove(request)
         else:
             self.at[request] = start + count
-            self._served.add(request)
+            self._since[request] = self.number + 1
 
     def take_urgent(self, draft: Draft) -> None:
         """Those passed over as often as `patience` allows, the longest wait first."""
-        while (request := self._next_waited) and self.number - request.since >= self.patience:
-            if not draft.requests or not draft.tokens:
-                return
-            self._next_waited = next(self._waited, None)
-            if request in self.at and request not in self._served:
+        waited = self._waited
+        while waited and self.number - waited[0][0] >= self.patience and draft.requests and draft.tokens:
+            since, request = waited.popleft()
+            if request in self.at and self.since(request) == since:
                 self.take(draft, request, urgent=True)
 
     def chunks(self, request: Request) -> Growth:
@@ -229,6 +240,12 @@ class View:
         self.flying = False
         self.held = draft.experts
         self._prices.clear()
+        for request in sorted(draft.taken & self.at.keys(), key=age):
+            self._waited.append((self.number, request))
+            start = self.at[request]
+            if len(request.tokens) - start == 1:  # the last token of a prompt is nothing else than a decoding step
+                del self.prefills[request]
+                bisect.insort(self.decodes.setdefault(request.experts[start], []), request, key=age)
 
 
 def _take_all(view: View, draft: Draft, requests: Iterable[Request]) -> None:
@@ -263,14 +280,14 @@ def longest_queue(view: View, draft: Draft) -> None:
     for a prompt, which attention forbids to split by expert. Without `max_wait` an expert that few ask for starves.
     """
     view.take_urgent(draft)
-    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items()}
+    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items() if requests}
     tokens = {experts: len(requests) for experts, requests in queues.items()}
     for request in view.prefills:
         if request not in draft.taken:
             count, experts = view.chunks(request)[-1]
             queues.setdefault(experts, []).append(request)
             tokens[experts] = tokens.get(experts, 0) + count
-    for experts in sorted(queues, key=tokens.__getitem__, reverse=True):
+    for experts in sorted(queues, key=lambda experts: (-tokens[experts], age(queues[experts][0]))):
         _take_all(view, draft, queues[experts])
 
 
@@ -290,7 +307,7 @@ def expert_aware(view: View, draft: Draft) -> None:
         waiting = (request for request in view.prefills if request not in draft.taken)
         prompts = [(request, *view.chunks(request)[-1]) for request in itertools.islice(waiting, PROMPTS)]
         chosen = None
-        for more in {expert for expert, _ in queues}.union([experts for _, _, experts in prompts]):
+        for more in sorted({expert for expert, _ in queues}.union([experts for _, _, experts in prompts])):
             experts = draft.experts | more
             worth, tokens = 0, draft.tokens
             for expert, count in queues:
@@ -320,7 +337,7 @@ def _take_free(view: View, draft: Draft, experts: int, prompts: list[Request]) -
             elif fits >= PART * chunks[-1][0]:
                 parts.append((request, fits))
     decodes = [request for expert, queue in view.decodes.items() if experts >> expert & 1 for request in queue]
-    _take_all(view, draft, sorted(decodes, key=operator.attrgetter("since")))
+    _take_all(view, draft, sorted(decodes, key=view.since))
     for request, count in parts:
         if draft.requests and draft.tokens and request in view.at:
             view.take(draft, request, count)
