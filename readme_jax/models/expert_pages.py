@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 WORD = 32
+PAGED = ("w_gate", "w_up", "w_down", "b_gate", "b_up")  # parameters of a layer that pages hold
 
 
 @jax.tree_util.register_dataclass
@@ -24,8 +25,8 @@ class Pages:
     """What the FFN of every layer reads.
 
     pool_SQD: the pages on the device. member_IRW: uint32, bit e % 32 of word e // 32 is set when expert e has the
-    channel; one row more than there are items, all zero, for the padding of lists. bias_I2R: biases of gate and up in
-    the pages' order, None for families without.
+    channel; one item more than there are, all zero, for the padding of lists. bias_I2R: biases of gate and up in the
+    pages' order, None for families without.
     """
 
     pool_SQD: jax.Array
@@ -40,6 +41,36 @@ def member_bits(touch_IER: np.ndarray) -> np.ndarray:
     for e in range(count):
         bits[:-1, :, e // WORD] |= touch_IER[:, e].astype(np.uint32) << np.uint32(e % WORD)
     return bits
+
+
+def host_pages(layers: dict[str, np.ndarray], order_LR: np.ndarray, page: int) -> np.ndarray:
+    """All pages [I, 3R, D] of host weights w_gate, w_up, w_down [L, F, D], rows as `order_LR` (-1: zeros)."""
+    parts = []
+    for name in ("w_gate", "w_up", "w_down"):
+        rows_LRD = np.take_along_axis(layers[name], np.maximum(order_LR, 0)[..., None], axis=1)
+        rows_LRD = np.where((order_LR >= 0)[..., None], rows_LRD, 0)
+        parts.append(rows_LRD.reshape(-1, page, rows_LRD.shape[-1]))
+    return np.concatenate(parts, axis=1)
+
+
+def host_biases(layers: dict[str, np.ndarray], order_LR: np.ndarray, page: int) -> np.ndarray:
+    """Biases [I + 1, 2, R] of gate and up, in the pages' order; the last item is nobody's."""
+    parts = [
+        np.where(order_LR >= 0, np.take_along_axis(layers[name], np.maximum(order_LR, 0), axis=1), 0).reshape(-1, page)
+        for name in ("b_gate", "b_up")
+    ]
+    bias_I2R = np.stack(parts, axis=1)
+    return np.concatenate([bias_I2R, np.zeros_like(bias_I2R[:1])])
+
+
+def membership(table_LEC: np.ndarray, order_LR: np.ndarray, page: int) -> np.ndarray:
+    """bool [I, E, R]: expert e has the channel in row r of an item."""
+    layers, experts, _ = table_LEC.shape
+    width = int(max(table_LEC.max(), order_LR.max())) + 1
+    member_LEF = np.zeros((layers, experts, width), bool)
+    np.put_along_axis(member_LEF, table_LEC.astype(np.int64), True, axis=-1)
+    member_LER = np.take_along_axis(member_LEF, np.maximum(order_LR, 0)[:, None], axis=2) & (order_LR >= 0)[:, None]
+    return member_LER.reshape(layers, experts, -1, page).transpose(0, 2, 1, 3).reshape(-1, experts, page)
 
 
 def _keep(member_GRW: jax.Array, expert_M: jax.Array) -> jax.Array:
@@ -90,3 +121,14 @@ def portable(
     slot_N, item_N = jnp.pad(slot_N, (0, spare)), jnp.pad(item_N, (0, spare), constant_values=nobody)
     y_MD = jax.lax.fori_loop(0, -(-count // group), body, jnp.zeros((m, d), jnp.float32))
     return y_MD.astype(x_MD.dtype)
+
+
+def ffn(
+    x_MD: jax.Array, pages: Pages, slot_N: jax.Array, item_N: jax.Array, count: jax.Array, expert_M: jax.Array
+) -> jax.Array:
+    """[M, D]: sum over the first `count` listed pages of the channels that each token's expert has.
+
+    slot_N, item_N: int32, where each page lies and which one it is. expert_M: int32 expert of each token. Without the
+    bias of down, which is not a page's.
+    """
+    return portable(x_MD, pages, slot_N, item_N, count, expert_M)

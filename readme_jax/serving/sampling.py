@@ -213,3 +213,22 @@ def sample(logits_BV: jax.Array, rows: Rows, history: History) -> Drawn:
         return jax.lax.cond(
             jnp.any(rows.whole_BP[:, 3] > 0), lambda x, t: _report(x, t, rows), nothing, logits_BV, token_B
         )
+
+
+class Score(NamedTuple):
+    """A sampled token, the expert it will run, its log-probability (natural, before temperature, filters and penalties;
+    nan when none was asked for) and those of the best tokens asked for."""
+
+    token: int
+    expert: int
+    logprob: float
+    best: tuple[tuple[int, float], ...] = ()
+
+
+def score(pair_2: np.ndarray, drawn: Drawn | None, row: int, most: int) -> Score:
+    """One row of what was fetched. pair_2: token and expert. most: best tokens asked for, -1: no log-probability."""
+    token, expert = pair_2.tolist()
+    if drawn is None or most < 0:
+        return Score(token, expert, float("nan"))
+    best = zip(drawn.top_BK[row, :most].tolist(), drawn.top_logprob_BK[row, :most].tolist())
+    return Score(token, expert, float(drawn.logprob_B[row]), tuple(best))
