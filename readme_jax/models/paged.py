@@ -226,7 +226,7 @@ def logits(cfg: ModelConfig, params: Params, x_BD: jax.Array) -> jax.Array:
     """float32 [B, V] of the residual stream after the last layer."""
     x_BD = rms_norm(x_BD, params["norm"], cfg.norm_eps)
     w_VD = head_weight(params)
-    return jnp.einsum("vd,bd->vb", w_VD.astype(x_BD.dtype), x_BD, preferred_element_type=jnp.float32).T
+    return jnp.einsum("bd,vd->bv", x_BD, w_VD.astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
 def route(

@@ -248,6 +248,23 @@ class Runner:
         self._count = count
         jax.monitoring.register_event_duration_secs_listener(count)
 
+    def router_s(self, rows: int = 1, times: int = 50) -> float:
+        """Seconds of one router step of `rows` tokens alone, median: what pre-gating costs a decode step.
+
+        Compiles a program of its own, which `compiles` counts: for benchmarks, after all else.
+        """
+        if self._router is None:
+            return 0.0
+        with jax.set_mesh(self._mesh):
+            program = jax.jit(self._route, donate_argnums=1)
+            new, taken = self._put(self._host_rows(rows, 1, self.router_slots)), []
+            for _ in range(times):
+                began = time.perf_counter()
+                expert_BT, self._router_cache = program(self._router, self._router_cache, new)
+                expert_BT.block_until_ready()
+                taken.append(time.perf_counter() - began)
+        return float(np.median(taken))
+
     def close(self) -> None:
         """Give the device memory back."""
         if hasattr(self, "_count"):
