@@ -175,9 +175,8 @@ class Bank:
             order_LR = np.stack([np.append(walk, np.full(rows - len(walk), -1, np.int32)) for walk in walks])
         member_LER = np.take_along_axis(member_LEF, np.maximum(order_LR, 0)[:, None, :], axis=2)
         member_LER &= (order_LR >= 0)[:, None, :]
-        touch_LEP = member_LER.reshape(layers, experts, -1, page).any(3)
-        touch_LPE = np.ascontiguousarray(np.moveaxis(touch_LEP, 1, 2))
-        return cls(page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, touch_LPE)
+        touch_LPE = np.moveaxis(member_LER, 1, 2).reshape(layers, -1, page, experts).any(axis=2)
+        return cls(page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, np.asarray(touch_LPE))
 
     @classmethod
     def synthetic(

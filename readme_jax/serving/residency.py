@@ -183,7 +183,6 @@ class Residency:
             loaded = (load_items_M, load_slots_M, victims_M, free_at_M)
             # in this order: a page may leave and come back, and a slot change hands, more than once in a step
             self.slot_of[victims_M[victims_M >= 0]] = -1
-            self.slot_of[load_items_M] = -1
             self.item_of[load_slots_M] = load_items_M  # of equal slots the last one stays
             self.slot_of[self.item_of[load_slots_M]] = load_slots_M
         self._last_pass[items_N] = first + pass_N
