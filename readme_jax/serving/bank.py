@@ -26,12 +26,20 @@ class Need(NamedTuple):
 
     items_N: int32 item ids (layer * pages + page), ascending, so layer by layer. bounds: L + 1 places, layer l is
     items_N[bounds[l] : bounds[l + 1]]. layer_N: int32 layer of each. widest: most pages of one layer.
+    mask: the items as a set of bits, see `bits`.
     """
 
     items_N: np.ndarray
     bounds: tuple[int, ...]
     layer_N: np.ndarray
     widest: int
+    mask: int
+
+
+def bits(has_I: np.ndarray) -> int:
+    """A set of items as a whole number, so that a difference of sets takes a microsecond: bool [items] -> bits, in an
+    order of its own."""
+    return int.from_bytes(np.packbits(has_I).tobytes(), "big")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,7 +104,7 @@ class Bank:
             layer_N = np.repeat(np.arange(self.layers, dtype=np.int32), counts_L)
             for array in (items_N, layer_N):
                 array.flags.writeable = False
-            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)))
+            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)), bits(need_LP))
             if (len(self._needs) + 1) * self.items > CACHED_IDS:
                 self._needs.clear()
             self._needs[key] = found
@@ -176,7 +184,9 @@ class Bank:
         member_LER = np.take_along_axis(member_LEF, np.maximum(order_LR, 0)[:, None, :], axis=2)
         member_LER &= (order_LR >= 0)[:, None, :]
         touch_LPE = np.moveaxis(member_LER, 1, 2).reshape(layers, -1, page, experts).any(axis=2)
-        return cls(page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, np.asarray(touch_LPE))
+        return cls(
+            page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, np.asarray(touch_LPE)
+        )
 
     @classmethod
     def synthetic(

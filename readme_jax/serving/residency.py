@@ -13,7 +13,7 @@ import numpy as np
 
 from readme_jax.config import require
 from readme_jax.serving import eviction
-from readme_jax.serving.bank import Bank, Mode, Need
+from readme_jax.serving.bank import Bank, Mode, Need, bits
 
 Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
@@ -137,13 +137,21 @@ class Residency:
         self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
         self._patterns_QE, pattern = np.unique(self._touch_IE, axis=0, return_inverse=True)
         self._pattern_of = pattern.reshape(-1)
+        self._resident: int | None = None  # bits of what is in the pool; None after loads, until asked for
         self._order = None if policy == "lookahead" else eviction.Order(policy, bank.items, self.slots, seed)
 
     # ---- what a scheduler asks ----------------------------------------------------------------
 
     def missing(self, experts: frozenset[int]) -> int:
-        """Pages that a step of these experts would have to load if it were planned next (more if it evicts its own)."""
-        return int(np.count_nonzero(self.slot_of[self.bank.find(experts).items_N] < 0))
+        """Pages that a step of these experts would have to load if it were planned next (more if it evicts its own);
+        pages on their way count as resident."""
+        if self._resident is None:
+            self._resident = bits(self.slot_of >= 0)
+        return (self.bank.find(experts).mask & ~self._resident).bit_count()
+
+    def missing_bytes(self, experts: frozenset[int]) -> int:
+        """`missing`, in bytes."""
+        return self.missing(experts) * self.bank.page_bytes
 
     # ---- the plan -----------------------------------------------------------------------------
 
@@ -179,6 +187,7 @@ class Residency:
             place_M, load_slots_M, victims_M, free_at_M = found
             load_items_M = items_N[place_M]
             slots_N[place_M] = load_slots_M
+            self._resident = None
             load = np.searchsorted(pass_N[place_M], np.arange(len(layers) + 1)).tolist()
             loaded = (load_items_M, load_slots_M, victims_M, free_at_M)
             # in this order: a page may leave and come back, and a slot change hands, more than once in a step
