@@ -137,7 +137,7 @@ class Residency:
         self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
         self._patterns_QE, pattern = np.unique(self._touch_IE, axis=0, return_inverse=True)
         self._pattern_of = pattern.reshape(-1)
-        self._resident: int | None = None  # bits of what is in the pool; None after loads, until asked for
+        self._absent: int | None = None  # bits of what is not in the pool; None after loads, until asked for
         self._order = None if policy == "lookahead" else eviction.Order(policy, bank.items, self.slots, seed)
 
     # ---- what a scheduler asks ----------------------------------------------------------------
@@ -145,9 +145,9 @@ class Residency:
     def missing(self, experts: frozenset[int]) -> int:
         """Pages that a step of these experts would have to load if it were planned next (more if it evicts its own);
         pages on their way count as resident."""
-        if self._resident is None:
-            self._resident = bits(self.slot_of >= 0)
-        return (self.bank.find(experts).mask & ~self._resident).bit_count()
+        if self._absent is None:
+            self._absent = bits(self.slot_of < 0)
+        return (self.bank.find(experts).mask & self._absent).bit_count()
 
     def missing_bytes(self, experts: frozenset[int]) -> int:
         """`missing`, in bytes."""
@@ -187,7 +187,7 @@ class Residency:
             place_M, load_slots_M, victims_M, free_at_M = found
             load_items_M = items_N[place_M]
             slots_N[place_M] = load_slots_M
-            self._resident = None
+            self._absent = None
             load = np.searchsorted(pass_N[place_M], np.arange(len(layers) + 1)).tolist()
             loaded = (load_items_M, load_slots_M, victims_M, free_at_M)
             # in this order: a page may leave and come back, and a slot change hands, more than once in a step
