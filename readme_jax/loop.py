@@ -83,23 +83,30 @@ class ProfileConfig:
 
 
 class Profiler:
-    """Traces the steps of a `ProfileConfig` into `folder`: `step` is told before each of them."""
+    """Traces the steps of a `ProfileConfig` into `folder`, from construction on where the first one is the first of
+    all; `step` is told after each. Of several processes each has a folder of its own in it, `process<number>`."""
 
     def __init__(self, config: ProfileConfig, folder: Path):
-        self._first, self._last, self._folder = config.start, config.start + config.steps, folder
-        self._count, self._on = 0, False
+        self._first, self._last, self._count, self._on = config.start, config.start + config.steps, 0, False
+        several = jax.process_count() > 1
+        self._folder = folder / f"process{jax.process_index()}" if several else folder  # hosts may have one name
+        self._begin()
 
-    def step(self) -> None:
-        """Start or stop tracing before this step."""
+    def step(self, work: Any) -> None:
+        """Start or stop tracing after a step that was enqueued and gives `work`: the last one is waited for."""
+        self._count += 1
+        if self._on and self._count == self._last:
+            jax.block_until_ready(work)
+            self.close()
+        self._begin()
+
+    def _begin(self) -> None:
         if self._count == self._first < self._last:
             jax.profiler.start_trace(str(self._folder))
             self._on = True
-        if self._count == self._last:
-            self.close()
-        self._count += 1
 
     def close(self) -> None:
-        """End a trace that is still on."""
+        """End a trace that is still on. What the device has not done by then is not in it."""
         if self._on:
             jax.profiler.stop_trace()
             self._on = False

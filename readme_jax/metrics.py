@@ -8,10 +8,12 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -27,7 +29,8 @@ class Metrics:
     """Append-only JSON lines keyed by a step number; on resume the lines past the restored step are dropped.
 
     `path` holds what a run computes, the same however often it was interrupted; `timing.jsonl` beside it what was
-    measured. path None writes nothing: for the processes that do not log.
+    measured. path None writes nothing: for the processes that do not log. TensorBoard hides the events that are
+    dropped; wandb goes on with the same run, and ignores the steps it has already.
     """
 
     def __init__(
@@ -37,19 +40,22 @@ class Metrics:
         tensorboard: Path | None = None,
         wandb: dict[str, Any] | None = None,
     ):
-        """tensorboard: folder for events. wandb: arguments of wandb.init. ConfigError where their extra is missing."""
+        """tensorboard: folder for events. wandb: arguments of wandb.init; the run's id is kept below its `dir`.
+        ConfigError where their extra is missing."""
         self._files, self._board, self._wandb = [], None, None
         self._kept: list[dict] = []
+        self.timings: list[dict] = []  # lines of timing.jsonl from before the step the run was resumed at
         if path is None:
             return
         timing = path.with_name("timing.jsonl")
         self._kept = _drop(path, resume_at)
-        _drop(timing, resume_at)
+        self.timings = _drop(timing, resume_at)
         self._files = [open(file, "a", buffering=1) for file in (path, timing)]
         if tensorboard is not None:
-            self._board = extra("tensorboard").SummaryWriter(str(tensorboard))
+            self._board = extra("tensorboard").SummaryWriter(str(tensorboard), purge_step=resume_at)
         if wandb is not None:
-            self._wandb = extra("wandb").init(**wandb)
+            library = extra("wandb")
+            self._wandb = library.init(**wandb, id=_run_id(Path(wandb["dir"]) / "wandb" / "run-id"), resume="allow")
 
     def past(self, name: str) -> list[float]:
         """Values of the steps before the one the run was resumed at."""
@@ -93,6 +99,14 @@ def extra(name: str) -> Any:
         return importlib.import_module({"tensorboard": "tensorboardX", "wandb": "wandb"}[name])
     except ImportError:
         raise ConfigError(f"{name} needs the extra: pip install 'readme-jax[{name}]'") from None
+
+
+def _run_id(path: Path) -> str:
+    """The id in a file, made at the first start."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(path, uuid.uuid4().hex)
+    return path.read_text()
 
 
 def _drop(path: Path, resume_at: int) -> list[dict]:
@@ -193,8 +207,21 @@ def layers(items: Iterable[int], name: str) -> Iterator[int]:
             bar.update()
 
 
+def peak_memory() -> dict[str, Any]:
+    """`peak_memory_gb`, GB (10^9 bytes), and `peak_memory_of`, what it is of.
+
+    `device`: bytes in use at their peak since the start of this process, of its device with the most, where the backend
+    counts them (GPU, TPU). Else `host`: `peak_memory_gb()`.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [own["peak_bytes_in_use"] for own in stats if "peak_bytes_in_use" in own]
+    if peaks:
+        return {"peak_memory_gb": max(peaks) / 1e9, "peak_memory_of": "device"}
+    return {"peak_memory_gb": peak_memory_gb(), "peak_memory_of": "host"}
+
+
 def peak_memory_gb() -> float:
-    """Peak resident memory since `reset_peak_memory` (Linux) or the start of this process, GB (10^9 bytes)."""
+    """Peak resident memory of the host process since `reset_peak_memory` (Linux) or its start, GB (10^9 bytes)."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

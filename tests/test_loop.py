@@ -115,24 +115,35 @@ def test_a_loss_that_is_not_finite_names_step_and_records(tmp_path, mesh, monkey
 
 def test_profiler_traces_its_window(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: told.append(folder))
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: told.append("start"))
     monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: told.append("stop"))
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda work: told.append(f"wait {work}"))
     for config, expected in (
-        (ProfileConfig(), []),
-        (ProfileConfig(steps=2, start=1), [1, 3]),
-        (ProfileConfig(steps=9, start=3), [3, "end"]),
+        (ProfileConfig(), "0 1 2 3 4"),
+        (ProfileConfig(steps=2, start=1), "0 start 1 2 wait 2 stop 3 4"),
+        (ProfileConfig(steps=2, start=0), "start 0 1 wait 1 stop 2 3 4"),
+        (ProfileConfig(steps=9, start=3), "0 1 2 start 3 4 stop"),
     ):
-        profiler, seen = Profiler(config, tmp_path), []
+        profiler = Profiler(config, tmp_path)
         for step in range(5):
-            profiler.step()
-            seen += [step] * len(told)
-            told.clear()
+            told.append(str(step))
+            profiler.step(step)
         profiler.close()
-        assert seen + ["end"] * len(told) == expected
+        assert " ".join(told) == expected
         told.clear()
     for fields in ({"steps": -1}, {"start": -1}):
         with pytest.raises(ConfigError, match="must not be negative"):
             ProfileConfig(**fields)
+
+
+@pytest.mark.parametrize("count, folder", [(1, "trace"), (2, "trace/process1")])
+def test_each_process_traces_into_a_folder_of_its_own(tmp_path, monkeypatch, count, folder):
+    told = []
+    monkeypatch.setattr(loop.jax, "process_count", lambda: count)
+    monkeypatch.setattr(loop.jax, "process_index", lambda: count - 1)
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", told.append)
+    Profiler(ProfileConfig(steps=1, start=0), tmp_path / "trace")
+    assert told == [str(tmp_path / folder)]
 
 
 def test_timer(monkeypatch):

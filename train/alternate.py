@@ -25,7 +25,7 @@ from readme_jax.config import Stopped, require
 from readme_jax.data import Batches, open_records
 from readme_jax.loop import Ahead, PhaseFigures, Profiler, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss, TopK
-from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_memory_gb
+from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_memory
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
 from readme_jax.sharding import use_mesh
@@ -193,7 +193,7 @@ def train(
         "tokens": ran,
         "seconds": clock.seconds,
         "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
-        "peak_memory_gb": peak_memory_gb(),
+        **peak_memory(),
     }
 
 
