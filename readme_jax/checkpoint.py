@@ -50,9 +50,9 @@ class CheckpointConfig:
     window: int = 20
     """Expert steps whose mean loss stands for a checkpoint."""
     resume: Literal["newest", "best"] = "newest"
-    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones, once: later
-    starts go on from the newest, or a run that is restarted over and over would never end. A start with `newest`
-    makes `best` mean something again."""
+    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones, once:
+    later starts go on from the newest, or a run that is restarted over and over would never end. A start with
+    `newest` lets the next one with `best` go back again."""
 
     def __post_init__(self):
         require(self.minutes >= 0, f"checkpoint.minutes={self.minutes} must not be negative")
@@ -77,8 +77,8 @@ class Checkpoints:
     def find(self, resume: Literal["newest", "best"] = "newest") -> int | None:
         """Step of the newest (or best) whole checkpoint, None when there is none; a warning names those skipped.
 
-        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and that
-        is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
+        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and
+        that is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
         """
         self._last = distributed.on_main(lambda: self._find(resume))
         return self._last

@@ -14,7 +14,7 @@ import numpy as np
 
 from readme_jax.config import require
 from readme_jax.data import Batches
-from readme_jax.metrics import Metrics, Pace, progress, routing_spread
+from readme_jax.metrics import Metrics, Pace, Stopwatch, progress, routing_spread
 from readme_jax.sharding import P, put_parts, spec
 
 MICRO = P(None, *spec("batch", "seq"))  # of [A, B, T]
@@ -145,7 +145,6 @@ class PhaseFigures:
 
 class Watch:
     """Logs every step one step late, so that the loop never waits for the device, and keeps the progress bars.
-
     at: step of the run -> (phase, step within it). peak: FLOP/s of all devices together, None when unknown. window:
     expert steps of `score`. silent: no bars, for processes that nobody reads.
     """
@@ -167,21 +166,35 @@ class Watch:
         self._losses = collections.deque(metrics.past("experts/loss"), maxlen=window)
         self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self._bars: dict[str, Any] = {}
-        self.seconds = dict.fromkeys(phases, 0.0)
+        self._clock, self._seconds = Stopwatch(), dict.fromkeys(phases, 0.0)
+        for line in metrics.timings:
+            self._count(line["step"], line)
 
     def step(self, tick: int, values: dict[str, Any]) -> None:
         """Take what a step that was just enqueued will give, and log the one before."""
         self.flush()
         name = self._at(tick)[0]
         timing = self._pace.lap(name)
-        self.seconds[name] += timing["time/step"]
+        self._count(tick, timing)
         self._pending = (tick, values, timing)
+
+    def _count(self, tick: int, timing: dict[str, float]) -> None:
+        self._seconds[self._at(tick)[0]] += timing["time/step"] - timing["time/compile"]
 
     def flush(self) -> None:
         """Log the last step: waits for the device. Must come before anything is saved."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._log(*pending)
+
+    def speeds(self, tokens: dict[str, int]) -> dict[str, Any]:
+        """For the manifest, of the steps that led here, over all starts of the run (what was computed and lost to a
+        kill is not in it): `seconds`, with all they waited for, and `tokens_per_s` of each phase's tokens, compiling
+        left out. None where timings of earlier starts are missing."""
+        known = len(self._metrics.timings) == self._metrics.resumed
+        seconds = self._clock.seconds + sum(line["time/step"] for line in self._metrics.timings)
+        rates = {n: count / self._seconds[n] if known and self._seconds[n] else None for n, count in tokens.items()}
+        return {"seconds": seconds if known else None, "tokens_per_s": rates}
 
     def score(self) -> float | None:
         """Mean expert loss of the last steps, None before the first."""

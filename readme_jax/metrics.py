@@ -44,7 +44,8 @@ class Metrics:
         ConfigError where their extra is missing."""
         self._files, self._board, self._wandb = [], None, None
         self._kept: list[dict] = []
-        self.timings: list[dict] = []  # lines of timing.jsonl from before the step the run was resumed at
+        self.resumed = resume_at
+        self.timings: list[dict] = []  # lines of timing.jsonl from before that step
         if path is None:
             return
         timing = path.with_name("timing.jsonl")
@@ -137,25 +138,31 @@ def routing_spread(load_E: np.ndarray) -> dict[str, float]:
 
 
 class Pace:
-    """Where the wall time of a loop goes: waiting for data, waiting for the device, saving; the rest is host work.
+    """Where the wall time of a loop goes: waiting for data, for the device, saving, compiling; the rest is host work.
 
     `lap` closes a step and gives its figures: seconds, shares and percentiles over the last `window` steps of the same
-    kind. The first of a kind, which compiles, is left out of them. inline: a program may run inside its call (CPU), so
-    that calls count as device; the host's own part of a call, about half a millisecond, is then counted there too.
+    kind, without what was saved and compiled meanwhile. The first of a kind is left out of them: no step of its kind is
+    waited for in it. inline: a program may run inside its call (CPU), so that calls count as device; the host's own
+    part of a call, about half a millisecond, is then counted there too.
     """
 
     def __init__(self, window: int = 100, inline: bool = False):
         self._inline = inline
         self._start, self._waited = time.perf_counter(), collections.defaultdict(float)
         self._laps: dict[str, collections.deque] = {}
-        self._window = window
+        self._window, self._within = window, False
 
     @contextlib.contextmanager
     def waiting(self, why: str) -> Iterator[None]:
-        """Time of the block counts as waiting for `data`, `device` or `save`."""
-        start = time.perf_counter()
-        yield
-        self._waited[why] += time.perf_counter() - start
+        """Time of the block counts as waiting for `data`, `device`, `save` or `compile`; of blocks in a block, as the
+        outer one's."""
+        start, within, self._within = time.perf_counter(), self._within, True
+        try:
+            yield
+        finally:
+            self._within = within
+            if not within:
+                self._waited[why] += time.perf_counter() - start
 
     def calling(self) -> contextlib.AbstractContextManager[None]:
         """For a block that starts programs of the device."""
@@ -165,7 +172,7 @@ class Pace:
         """Seconds of the step that ends here, and the shares of the last steps of its kind."""
         now, wait = time.perf_counter(), self._waited
         seconds, self._start, self._waited = now - self._start, now, collections.defaultdict(float)
-        lap = (seconds - wait["save"], wait["data"], wait["device"])
+        lap = (seconds - wait["save"] - wait["compile"], wait["data"], wait["device"])
         first = kind not in self._laps
         laps = self._laps.setdefault(kind, collections.deque(maxlen=self._window))
         if not first:
@@ -175,6 +182,7 @@ class Pace:
         return {
             "time/step": seconds,
             "time/save": wait["save"],
+            "time/compile": wait["compile"],
             "time/step_p50": float(np.percentile(step_N, 50)),
             "time/step_p95": float(np.percentile(step_N, 95)),
             "time/data_wait_share": float(data_N.sum() / total),
@@ -196,6 +204,11 @@ def progress(total: int, name: str, unit: str = "tok", initial: int = 0, silent:
         ascii=not live,
         disable=silent,
     )
+
+
+def say(text: str) -> None:
+    """A line on stderr, above the bars."""
+    tqdm.write(text, file=sys.stderr)
 
 
 def layers(items: Iterable[int], name: str) -> Iterator[int]:

@@ -10,8 +10,15 @@ import pytest
 
 from readme_jax import accelerators, metrics
 from readme_jax.config import ConfigError
-from readme_jax.metrics import Metrics, NonFiniteError, peak_memory, peak_memory_gb, progress, read_metrics
-from readme_jax.metrics import reset_peak_memory
+from readme_jax.metrics import (
+    Metrics,
+    NonFiniteError,
+    peak_memory,
+    peak_memory_gb,
+    progress,
+    read_metrics,
+    reset_peak_memory,
+)
 
 
 def test_a_line_a_step_and_nothing_twice_after_a_kill(tmp_path):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from stages import ONE, differing, weights
+from stages import ONE, differing, jitted, weights
 
 from readme_jax import api, artifacts, cli, loop
 from readme_jax import carve as carving
@@ -53,7 +53,7 @@ def calls_at(monkeypatch, owner, name, call, what):
                 what()
             return function(*args)
 
-        return counted
+        return jitted(counted, function)
 
     monkeypatch.setattr(owner, name, made)
 
@@ -208,7 +208,7 @@ def test_no_teacher_on_the_device_that_nothing_asks(stages, tmp_path, monkeypatc
             seen.append((len(gates) // 3, inputs[2] is not None))  # gate, up and down have one shape
             return step(*inputs)
 
-        return counted
+        return jitted(counted, step)
 
     monkeypatch.setattr(alternate.steps, "make_expert_step", spy)
     monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # what is being written is alive as well
@@ -302,7 +302,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, 
             phase, values = step(*args)
             return phase, values | ({"loss": values["loss"] * np.float32("nan")} if next(count) == 1 else {})
 
-        return run
+        return jitted(run, step)
 
     monkeypatch.setattr(alternate.steps, "make_expert_step", poisoned)
     monkeypatch.setattr(alternate.jax, "transfer_guard_host_to_device", lambda _: contextlib.nullcontext())
@@ -358,6 +358,37 @@ def test_another_run_in_the_same_folder_is_refused(stages, tmp_path):
         with pytest.raises(ArtifactError, match=f"out={folder} belongs to another run"):
             program.main(["--config", str(folder), *change])
         artifacts.verify(folder)
+
+
+# ---- compiling ahead --------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def compiled(monkeypatch):
+    """Programs that XLA is asked for while `train` runs its loop: after what it compiles ahead, before the result."""
+    names, within = [], []
+
+    def heard(name, seconds, fun_name="", **_):
+        if within and name == "/jax/core/compile/backend_compile_duration":
+            names.append(fun_name)
+
+    profiler, write = alternate.Profiler, alternate.write
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate, "Profiler", lambda *args: within.append(1) or profiler(*args))
+        patch.setattr(alternate, "write", lambda *args: within.clear() or write(*args))
+        jax.monitoring.register_event_duration_secs_listener(heard)
+        yield names
+        jax.monitoring.unregister_event_duration_listener(heard)
+
+
+TOP_K = {"experts__teacher_topk": 8}
+
+
+@pytest.mark.parametrize("change", [{}, {"router__teacher": "current"}, TOP_K, {"experts__way": "grouped"}], ids=str)
+def test_nothing_compiles_in_the_loop(stages, tmp_path, monkeypatch, change):
+    with compiled(monkeypatch) as names:
+        stages.alternate(tmp_path / "out", **change)
+    assert names == []
 
 
 # ---- ways to tune -----------------------------------------------------------------------------
