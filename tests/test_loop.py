@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from readme_jax import loop
+from readme_jax import loop, metrics
 from readme_jax.config import ConfigError
 from readme_jax.data import Batches, Records
 from readme_jax.loop import Ahead, PhaseFigures, ProfileConfig, Profiler, Timer, Watch, place_batch
@@ -111,6 +111,43 @@ def test_a_loss_that_is_not_finite_names_step_and_records(tmp_path, mesh, monkey
         own.flush()
     own.close()
     assert sys.stderr.getvalue() == ""
+
+
+def test_figures_of_the_manifest_are_of_all_starts(tmp_path, mesh, monkeypatch):
+    """Two starts, the second from step 2 of 4; then one whose earlier timings are gone."""
+    path, now = tmp_path / "metrics.jsonl", [0.0]
+    for module in (loop.time, metrics.time):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+
+    def begun(resumed):
+        phase = PhaseFigures(2, 100, 3e9, np.zeros(4), lambda step: np.array([step]))
+        at = {0: ("router", 0), 1: ("experts", 0), 2: ("router", 1), 3: ("experts", 1)}.get
+        log, pace = Metrics(path, resumed), Pace()
+        phases = {"router": phase, "experts": phase}
+        return Watch(log, pace, phases, at, 2, peak=None, window=2, silent=True), pace
+
+    def steps(own, pace, ticks):
+        for tick in ticks:
+            with pace.waiting("compile"):
+                now[0] += 50 if tick == ticks[0] else 0
+            now[0] += 2 + tick
+            own.step(tick, {"loss": put(np.float32(1)), "load": put(np.ones(2, np.float32))})
+        own.flush()
+
+    own, pace = begun(0)
+    steps(own, pace, range(3))  # the last one is lost
+    own.close()
+    own, pace = begun(2)
+    steps(own, pace, range(2, 4))
+    assert own.speeds({"router": 60, "experts": 80}) == {
+        "seconds": (50 + 2 + 3) + (50 + 4 + 5), "tokens_per_s": {"router": 60 / (2 + 4), "experts": 80 / (3 + 5)},
+    }  # fmt: skip
+    own.close()
+    (tmp_path / "timing.jsonl").unlink()
+    own, pace = begun(3)
+    steps(own, pace, range(3, 4))
+    assert own.speeds({"experts": 80}) == {"seconds": None, "tokens_per_s": {"experts": None}}
+    own.close()
 
 
 def test_profiler_traces_its_window(tmp_path, monkeypatch):

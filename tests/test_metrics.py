@@ -134,6 +134,15 @@ def test_pace_divides_the_time_of_a_step(monkeypatch):
     with pace.calling():
         spend(4.0)
     assert pace.lap("experts")["time/host_share"] == pytest.approx(7 / 24), "starting a program is the host's work"
+    with pace.waiting("compile"):
+        spend(30.0)
+        with pace.waiting("device"):
+            spend(6.0)
+    with pace.waiting("device"):
+        spend(10.0)
+    figures = pace.lap("experts")
+    assert figures["time/step"] == 46 and figures["time/compile"] == 36, "all of it is the outer one's"
+    assert figures["time/step_p50"] == 10 and figures["time/step_p95"] <= 10 and figures["time/host_share"] < 7 / 24
     pace = metrics.Pace(inline=True)
     with pace.calling():
         spend(4.0)

@@ -479,7 +479,7 @@ SIX = {"experts__way": "parallel", "mesh__data": 2, "mesh__expert": 3}
 
 @pytest.fixture
 def hasty():
-    """Programs that run for a moment and are compiled for six devices: most of the time goes into compiling them well."""
+    """Programs of six devices that run for a moment: most of the time goes into compiling them well."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -6,7 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from readme_jax.config import ConfigError
-from readme_jax.routing import RUNGS, block_rows, bucket, exchange, exchange_shapes, group, ladder
+from readme_jax.routing import (
+    PREPARED,
+    RUNGS,
+    block_rows,
+    bucket,
+    exchange,
+    exchange_shapes,
+    group,
+    group_counts,
+    group_rows,
+    ladder,
+    largest_pair,
+    likely,
+)
 from readme_jax.steps import plan
 
 
@@ -178,3 +191,53 @@ def test_exchange_refuses_what_it_cannot_plan():
     for bad in (-1, 8):
         with pytest.raises(ConfigError, match=r"must lie in 0\.\.7"):
             exchange(ids + bad, 8, peers=4)
+
+
+# ---- what is compiled ahead ---------------------------------------------------------------------
+
+
+def test_the_largest_pair_is_what_a_plan_must_hold():
+    rng = np.random.default_rng(3)
+    for experts, data, peers in ((8, 2, 4), (4, 1, 4), (6, 4, 1), (6, 2, 3)):
+        expert_ABT = rng.integers(0, experts, (2, data * peers, 40)).astype(np.int32) ** 2 % experts
+        need = largest_pair(expert_ABT, experts, data=data, peers=peers)
+        send = exchange(expert_ABT, experts, data=data, peers=peers).send_AGXS
+        assert need == (send < 40).sum(-1).max(), (experts, data, peers)
+
+
+def test_likely_sizes_are_rungs_around_what_was_seen():
+    sizes = ladder(512, 8)
+    at = sizes.index
+    assert likely([sizes[3], sizes[3] - 1, sizes[4]], 512, 8) == sizes[3:7], "two more than seen"
+    assert likely([1], 512, 8) == sizes[:3] and likely([512], 512, 8) == (512,)
+    assert likely([7], 64, 1) == ladder(64, 1) == (64,)
+    wide = likely([1, 512], 512, 8)
+    assert len(wide) == PREPARED and wide[0] == sizes[0] and wide[-1] == 512
+    gaps = np.diff([at(size) for size in wide])
+    assert gaps.max() - gaps.min() <= 1, "evenly"
+
+
+def test_a_plan_takes_what_is_compiled():
+    rng = np.random.default_rng(4)
+    expert_ABT = rng.integers(0, 8, (1, 8, 64)).astype(np.int32)
+    need = largest_pair(expert_ABT, 8, data=1, peers=8)
+    own = exchange(expert_ABT, 8, peers=8).send_AGXS.shape[-1]
+    for compiled, size in (((), own), ((need - 1,), own), ((need - 1, 40, 50), 40), ((64,), 64)):
+        plan = exchange(expert_ABT, 8, peers=8, compiled=compiled)
+        assert plan.send_AGXS.shape[-1] == size
+        assert sorted(plan.send_AGXS[0, 0][plan.send_AGXS[0, 0] < 64]) == list(range(64)), "nothing is dropped"
+
+
+def test_all_numbers_of_groups_are_known():
+    rng = np.random.default_rng(5)
+    for tokens, experts in ((64, 3), (500, 7), (4096, 8)):
+        rows = group_rows(tokens, experts)
+        counts, seen = group_counts(tokens, experts, rows), set()
+        for _ in range(300):
+            share_E = rng.dirichlet(np.full(experts, rng.choice([0.05, 1.0, 100.0])))
+            expert_M = rng.choice(experts, tokens, p=share_E).astype(np.int32)
+            seen.add(len(group(expert_M, experts, rows)[1]))
+        worst_E = np.full(experts - 1, 1)  # all but one leave a group with one row
+        for expert_M in (np.zeros(tokens, np.int32), np.repeat(np.arange(experts), [*worst_E, tokens - experts + 1])):
+            seen.add(len(group(expert_M.astype(np.int32), experts, rows)[1]))
+        assert seen <= set(counts) and counts[0] in seen and len(counts) <= 6
