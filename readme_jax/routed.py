@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from readme_jax import distributed, routing
 from readme_jax.alternate import AlternateConfig
@@ -17,7 +16,7 @@ from readme_jax.models.experts import Grouped, Masked, Route
 from readme_jax.sharding import batch_devices, expert_devices, put
 from readme_jax.steps import Way, make_load, plan
 
-SAMPLED = 16  # expert steps whose batches say which routes are likely
+SAMPLED = 64  # expert steps whose batches say which routes are likely; the router costs a ten-thousandth of a step
 
 
 class RoutedBatches:
@@ -69,16 +68,19 @@ class RoutedBatches:
         of a run, and so is every plan: the router of separate experts is frozen.
         """
         batch = next(first)
-        asked = [self._choose(batch, params)[0]]
-        shape, like = asked[0].shape, jax.tree.map(abstract, batch)
-        routes: list[Route] = [Masked(abstract(asked[0]))]
+        expert_ABT = self._choose(batch, params)[0]
+        shape, like = expert_ABT.shape, jax.tree.map(abstract, batch)
+        routes: list[Route] = [Masked(abstract(expert_ABT))]
         if self._way == "grouped":
             routes = grouped_routes(shape, self._experts)
         if self._way == "parallel":
             peers, tokens = expert_devices(), shape[1] * shape[2] // batch_devices()
             data = batch_devices() // peers
-            asked += [self._choose(batch, params)[0] for batch in first]
-            needs = [routing.largest_pair(np.asarray(e), self._experts, data=data, peers=peers) for e in asked]
+
+            def need(expert_ABT: jax.Array) -> int:
+                return routing.largest_pair(jax.device_get(expert_ABT), self._experts, data=data, peers=peers)
+
+            needs = [need(expert_ABT), *(need(self._choose(batch, params)[0]) for batch in first)]
             self._sizes = routing.likely(needs, tokens, peers)
             ladder = zip(routing.ladder(tokens, peers), parallel.abstract_routes(shape, self._experts))
             routes = [route for rows, route in ladder if rows in self._sizes]

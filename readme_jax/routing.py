@@ -11,7 +11,8 @@ import numpy as np
 from readme_jax.config import require
 
 RUNGS = 24  # of a ladder, and so programs that one batch shape may compile
-PREPARED = 8  # of them that are compiled ahead, at most
+PREPARED = 12  # of them that are compiled ahead, at most
+MARGIN = 3  # rungs above what was seen that are
 
 
 def membership(experts_LEC: np.ndarray, width: int) -> np.ndarray:
@@ -104,10 +105,10 @@ def ladder(tokens: int, peers: int) -> tuple[int, ...]:
 
 def likely(needs: list[int], tokens: int, peers: int) -> tuple[int, ...]:
     """The sizes to compile ahead, ascending, by what some batches need (`largest_pair`): from the rung of the smallest
-    need to two rungs above that of the largest; where these are more than PREPARED, that many of them, evenly."""
+    need to MARGIN rungs above that of the largest; where these are more than PREPARED, that many of them, evenly."""
     sizes = ladder(tokens, peers)
     low, high = np.searchsorted(sizes, [min(needs), max(needs)])
-    high = min(high + 2, len(sizes) - 1)
+    high = min(high + MARGIN, len(sizes) - 1)
     chosen = np.linspace(low, high, min(high - low + 1, PREPARED)).round().astype(int)
     return tuple(sizes[rung] for rung in chosen)
 

@@ -208,13 +208,27 @@ def test_the_largest_pair_is_what_a_plan_must_hold():
 def test_likely_sizes_are_rungs_around_what_was_seen():
     sizes = ladder(512, 8)
     at = sizes.index
-    assert likely([sizes[3], sizes[3] - 1, sizes[4]], 512, 8) == sizes[3:7], "two more than seen"
-    assert likely([1], 512, 8) == sizes[:3] and likely([512], 512, 8) == (512,)
+    assert likely([sizes[3], sizes[3] - 1, sizes[4]], 512, 8) == sizes[3:8], "three more than seen"
+    assert likely([1], 512, 8) == sizes[:4] and likely([512], 512, 8) == (512,)
     assert likely([7], 64, 1) == ladder(64, 1) == (64,)
     wide = likely([1, 512], 512, 8)
     assert len(wide) == PREPARED and wide[0] == sizes[0] and wide[-1] == 512
     gaps = np.diff([at(size) for size in wide])
     assert gaps.max() - gaps.min() <= 1, "evenly"
+
+
+@pytest.mark.parametrize("mixture", [None, 8.0, 1.0], ids=["even", "unlike documents", "one-sided documents"])
+def test_the_first_batches_foretell_a_thousand(mixture):
+    """What is compiled for them suffices, and costs few rows more than a program for every rung would."""
+    rng, needs = np.random.default_rng(0), []
+    for _ in range(64 + 1000):
+        share_BE = rng.dirichlet(np.full(16, mixture), 8) if mixture else np.full((8, 16), 1 / 16)
+        count_BE = np.stack([rng.multinomial(512, share_E) for share_E in share_BE])
+        needs.append(int(count_BE.reshape(8, 8, 2).sum(-1).max()))  # two experts a peer
+    ahead, sizes = likely(needs[:64], 512, 8), ladder(512, 8)
+    assert max(needs) <= ahead[-1] and len(ahead) <= PREPARED
+    taken, own = ([min(s for s in some if s >= need) for need in needs[64:]] for some in (ahead, sizes))
+    assert np.mean(taken) / np.mean(own) < 1.02
 
 
 def test_a_plan_takes_what_is_compiled():
