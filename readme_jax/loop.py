@@ -179,7 +179,8 @@ class Watch:
         self._pending = (tick, values, timing)
 
     def _count(self, tick: int, timing: dict[str, float]) -> None:
-        self._seconds[self._at(tick)[0]] += timing["time/step"] - timing["time/compile"]
+        compiling = timing.get("time/compile", 0.0)  # older lines have none
+        self._seconds[self._at(tick)[0]] += timing["time/step"] - compiling
 
     def flush(self) -> None:
         """Log the last step: waits for the device. Must come before anything is saved."""
