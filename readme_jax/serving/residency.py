@@ -211,7 +211,7 @@ class Residency:
         return items_N, layers, read, np.repeat(np.arange(len(layers)), np.diff(read))
 
     def _count(
-        self, experts: frozenset[int], tokens: Mapping[int, int] | None, passes: int, pages: int, loaded
+        self, experts: frozenset[int], tokens: Mapping[int, int] | None, passes: int, pages: int, loaded: eviction.Loads
     ) -> None:
         count, bank = self.counters, self.bank
         load_items_M, _, victims_M, _ = loaded
