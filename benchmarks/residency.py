@@ -140,14 +140,14 @@ def measure(tokens: int, mode: Mode, model: Path | None, data: Path | None) -> d
     bank = Bank.synthetic(experts=7, storage="tied", **shape)
     for batch in TOKENS:
         for stay in STAYS:
-            rows += compare("tied", bank, chain(tokens // 8, 7, stay, batch, 0), batch, stay, mode)
+            rows += compare("tied", bank, chain(tokens // 2, 7, stay, batch, 0), batch, stay, mode)
     if model is not None and data is not None:
         requests, bank, stay = routed(model, data, 8 * tokens)
         apart = Bank.synthetic(layers=bank.layers, experts=bank.experts, channels=bank.channels, row_bytes=1)
         for batch in TOKENS:
             trace = served(requests, batch)
             rows += compare("routed", apart, trace, batch, stay, mode)
-            rows += compare("routed/t", bank, trace[: tokens // 8 // batch], batch, stay, mode)
+            rows += compare("routed/t", bank, trace[: tokens // 4 // batch], batch, stay, mode)
     return {**summary(rows), "rows": rows}
 
 
@@ -158,7 +158,7 @@ def main() -> None:
         "--tokens",
         type=int,
         default=4000,
-        help="tokens of a trace (an eighth of them for tied pages, eight times as many for --model)",
+        help="tokens of a trace (half as many for tied pages, up to eight times as many for --model)",
     )
     parser.add_argument("--mode", choices=MODES, default="layer", help="when pages of a step may be evicted")
     parser.add_argument("--model", type=Path, help="folder of a carved model with a router")
