@@ -65,9 +65,10 @@ def _kind(path: Path) -> Kind:
         return "sharegpt"
     with _open(path) as file:
         header = [name.strip() for name in file.readline().split(",")]
-    for kind, columns in (("azure", AZURE), ("burstgpt", BURSTGPT)):
-        if set(columns) <= set(header):
-            return kind
+    if set(AZURE) <= set(header):
+        return "azure"
+    if set(BURSTGPT) <= set(header):
+        return "burstgpt"
     known = f"{', '.join(AZURE)} (Azure) or {', '.join(BURSTGPT)} (BurstGPT)"
     raise DataError(f"{path}:1: neither .json, .jsonl nor a CSV with the columns {known}")
 
@@ -187,7 +188,7 @@ def _sharegpt(path: Path, encode: Encode | None) -> Iterator[TraceRequest]:
     require(isinstance(conversations, list), f"{path}:1: not a list of conversations (ShareGPT)", DataError)
     for number, conversation in enumerate(conversations, 1):
         where = f"{path}: conversation {number}"
-        turns = conversation.get("conversations") if isinstance(conversation, dict) else None
+        turns: Any = conversation.get("conversations") if isinstance(conversation, dict) else None
         require(isinstance(turns, list), f"{where}: has no list `conversations`", DataError)
         turns = [turn for turn in turns if not (isinstance(turn, dict) and turn.get("from") == "system")][:2]
         for turn in turns:
@@ -242,7 +243,7 @@ def read_routing(path: str | Path) -> tuple[int, list[RoutedRequest]]:
             require(good, f"{where}: a routing trace begins with {{'experts': number}}, not {_short(row)}", DataError)
             experts = row["experts"]
             continue
-        arrival = row.get("arrival")
+        arrival: Any = row.get("arrival")
         good = type(arrival) in (int, float) and 0 <= arrival < float("inf")
         require(good, f"{where}: arrival={_short(arrival)} must be a time of 0 s or later", DataError)
         lists = (_experts(row.get(name), experts, where, name) for name in ("prompt", "output"))

@@ -89,21 +89,23 @@ def generate(config: ArrivalsConfig) -> list[TraceRequest]:
     count = config.requests + math.ceil(warm * config.rate / config.turns)
     starts = _gamma_times(count, config.rate / config.turns, config.burstiness, rng)
     turns = rng.geometric(1 / config.turns, count)
-    asked = _lengths(turns.sum(), config.prompt_mean, config.prompt_sigma, rng)
-    answered = _lengths(turns.sum(), config.output_mean, config.output_sigma, rng)
-    pauses = rng.exponential(config.think, turns.sum())
-    trace, place = [], 0
-    for session, (arrival, length) in enumerate(zip(starts, turns)):
-        prompt = 0
-        for turn in range(place, place + length):
-            prompt += int(asked[turn])
-            if arrival >= warm:
-                number = session if config.turns > 1 else None
-                trace.append(TraceRequest(float(arrival), prompt, int(answered[turn]), session=number))
-            prompt += int(answered[turn])
-            arrival += pauses[turn]
-        place += length
-    return from_zero(trace)[: config.requests]
+    session_N = np.repeat(np.arange(count), turns)  # N turns of all sessions, those of one session together
+    first_N = np.repeat(turns.cumsum() - turns, turns)
+    asked_N = _lengths(len(session_N), config.prompt_mean, config.prompt_sigma, rng)
+    answered_N = _lengths(len(session_N), config.output_mean, config.output_sigma, rng)
+    arrival_N = starts[session_N] + _before(rng.exponential(config.think, len(session_N)), first_N)
+    prompt_N = _before(asked_N + answered_N, first_N) + asked_N
+    kept = np.flatnonzero(arrival_N >= warm)
+    kept = kept[arrival_N[kept].argsort(kind="stable")[: config.requests]]
+    columns = (arrival_N[kept], prompt_N[kept], answered_N[kept], session_N[kept])
+    rows = zip(*(column.tolist() for column in columns))
+    return from_zero(TraceRequest(*row[:3], session=row[3] if config.turns > 1 else None) for row in rows)
+
+
+def _before(values_N: np.ndarray, first_N: np.ndarray) -> np.ndarray:
+    """Sum of the values before each one, from its session's first one on."""
+    sums_N = values_N.cumsum() - values_N
+    return sums_N - sums_N[first_N]
 
 
 def _gamma_times(count: int, rate: float, burstiness: float, rng: np.random.Generator) -> np.ndarray:
