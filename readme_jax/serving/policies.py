@@ -73,7 +73,7 @@ class Cost:
     load: float = 16.0
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def members(mask: int) -> frozenset[int]:
     """The experts of a bit mask, which is what sets of experts are in here: bit e for expert e."""
     return frozenset(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
