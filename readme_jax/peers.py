@@ -92,6 +92,7 @@ class Peers:
         self.process, self._timeout = process, timeout
         self._links = {other: link for other, (link, _) in links.items()}
         self._inbox: dict[int, queue.SimpleQueue[Message]] = {other: queue.SimpleQueue() for other in links}
+        self._aside: dict[int, queue.SimpleQueue[Any]] = {other: queue.SimpleQueue() for other in links}
         self._sending, self._failing, self._left = threading.Lock(), threading.Event(), set[int]()
         self._ending = threading.Lock()  # taken by the thread that ends this process, and kept
         self._threads = [
@@ -120,6 +121,10 @@ class Peers:
             kinds = {ReadMeError, *_subclasses(ReadMeError)}
             raise {k.__name__: k for k in kinds}[rest[0]](rest[1])
         return rest[0]
+
+    def hear_aside(self, other: int) -> Any:
+        """The next value that process `other` told aside; if it dies, this process ends."""
+        return self._aside[other].get()
 
     def close(self) -> None:
         """Take leave: from now on the end of this process is no failure."""
@@ -153,6 +158,8 @@ class Peers:
                     continue
                 if kind == "bye":
                     self._left.add(other)
+                elif kind == "aside":
+                    self._aside[other].put(rest[0])
                 elif kind == "gone":
                     self._end(other, f"process {rest[0]} is gone ({rest[1]})")
                 elif kind == "failed":
