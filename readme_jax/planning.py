@@ -132,9 +132,9 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
     shapes, found = _weight_shapes(run), {}
     held = {before: resident(run, before) for before in (False, True)}
     for name, step in abstract.train_steps(run).items():
-        key = (platform == "cpu", shapes, step.identity)
+        key = (platform, shapes, step.identity)
         if key not in _known:  # levers change one step and leave others as they are
-            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, platform=platform, weights=shapes)
         needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)

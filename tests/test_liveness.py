@@ -197,7 +197,7 @@ def test_rows_added_to_zeros_are_added_to_what_they_join(mesh):
 
     args = [((512, 64), jnp.float32), ((8,), jnp.int32), ((4, 64), jnp.float32)]
     traced = jax.jit(f).trace(*(jax.ShapeDtypeStruct(*each) for each in args))
-    needs, xla = liveness.usage(traced.jaxpr, 0, cpu=True).heap, traced.lower().compile().memory_analysis()
+    needs, xla = liveness.usage(traced.jaxpr, 0, platform="cpu").heap, traced.lower().compile().memory_analysis()
     table = 512 * 64 * 4
     assert (
         xla is not None
