@@ -206,6 +206,19 @@ def test_rows_added_to_zeros_are_added_to_what_they_join(mesh):
     )
 
 
+def test_code_for_other_platforms_needs_nothing(mesh):
+    def f(x):
+        def wide(x):
+            return jnp.sum(jnp.tanh(x[:, None] @ x[None]), 0)
+
+        return jax.lax.platform_dependent(x, cpu=lambda x: x * 2, default=wide)
+
+    traced = jax.jit(f).trace(jax.ShapeDtypeStruct((256,), jnp.float32))
+    assert liveness.usage(traced.jaxpr, 0, platform="cpu").heap == 1024
+    for platform in ("tpu", "gpu"):
+        assert liveness.usage(traced.jaxpr, 0, platform=platform).heap > 256 * 1024
+
+
 def test_weights_are_told_from_what_tokens_make(mesh):
     """Of the gradient step of one matrix, the gradient is a weight's buffer and the activation is none."""
 
