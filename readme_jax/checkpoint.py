@@ -28,6 +28,7 @@ from readme_jax import artifacts, distributed
 from readme_jax.config import CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
+RETURNED = "returned.json"  # in the root: the run has gone back to its best checkpoint
 # Orbax's names for what each process writes. Process 0 writes the rest: an index of arrays, and notes of a few bytes.
 OWNED = re.compile(r"(?:^|/)(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/|$)")
 Sums = dict[str, list[int]]  # [bytes, CRC-32] of files, by relative name
@@ -55,7 +56,9 @@ class CheckpointConfig:
     window: int = 20
     """Expert steps whose mean loss stands for a checkpoint."""
     resume: Literal["newest", "best"] = "newest"
-    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones."""
+    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones, once:
+    later starts go on from the newest, or a run that is restarted over and over would never end. A start with
+    `newest` lets the next one with `best` go back again."""
 
     def __post_init__(self):
         require(self.minutes >= 0, f"checkpoint.minutes={self.minutes} must not be negative")
@@ -80,10 +83,12 @@ class Checkpoints:
     def find(self, resume: Literal["newest", "best"] = "newest") -> int | None:
         """Step of the newest (or best) whole checkpoint, None when there is none; a warning names those skipped.
 
-        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it.
+        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and
+        that is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
         """
         self._last = None
-        for step in distributed.on_main(lambda: self._candidates(resume)):
+        candidates, back = distributed.on_main(lambda: self._candidates(resume))
+        for step in candidates:
             why = damage(self._root / str(step))
             if not why:
                 self._last = step
@@ -91,22 +96,28 @@ class Checkpoints:
             self._damaged.add(step)
             if distributed.is_main():
                 print(f"warning: checkpoint {step} is skipped: {why}", file=sys.stderr, flush=True)
-        if resume == "best" and self._last is not None:
-            distributed.on_main(lambda: self._drop_after(self._last))
+        if back and self._last is not None:
+            distributed.on_main(lambda: self._go_back(self._last))
         return self._last
 
-    def _candidates(self, resume: str) -> list[int]:
+    def _candidates(self, resume: str) -> tuple[list[int], bool]:
+        """Steps to try, the first first, and whether the run then goes back to the one it takes."""
         if not self._root.is_dir():
-            return []
+            return [], False
         for path in self._root.iterdir():
-            if not path.name.isdigit():  # what Orbax or `_remove` had in hand
+            if not path.name.isdigit() and path.is_dir():  # what Orbax or `_remove` had in hand
                 shutil.rmtree(path, ignore_errors=True)
+        note = self._root / RETURNED
+        if resume == "newest":
+            note.unlink(missing_ok=True)
+        back = resume == "best" and not note.is_file()
         candidates = sorted(self._steps(), reverse=True)
-        if resume == "best":
+        if back:
             scores = {step: score for step in candidates if (score := self._score(step)) is not None}
             best = sorted(scores, key=lambda step: (scores[step], -step))
             candidates = [*best, *(step for step in candidates if step not in scores)]
-        return candidates
+            back = bool(scores)
+        return candidates, back
 
     def save(self, step: int, trees: dict[str, Any], score: float | None = None) -> None:
         """Begin to write a checkpoint; waits for the one before it and for a copy of the arrays on the host.
@@ -182,10 +193,12 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._root.iterdir() if path.name.isdigit() and path.is_dir()]
 
-    def _drop_after(self, step: int | None) -> None:
+    def _go_back(self, step: int | None) -> None:
         for later in self._steps():
             if step is not None and later > step:
                 self._remove(later)
+        # last: a kill before it repeats the above
+        artifacts.write_text(self._root / RETURNED, json.dumps({"step": step}))
 
     def _score(self, step: int) -> float | None:
         mark = _read_mark(self._root / str(step))

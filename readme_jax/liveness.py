@@ -294,9 +294,9 @@ def usage(closed: Any, donated: int, *, platform: str = "tpu", weights: frozense
 
     weights: sorted shapes that count as weights (see `Usage`).
 
-    platform: `tpu`, `gpu` or `cpu`. Of code for one platform, that of the others is left out. The CPU backend's schedule
-    is breadth first: everything that starts as a constant, stacked outputs of loops among it, is made before anything
-    else. Other backends make it when it is wanted.
+    platform: `tpu`, `gpu` or `cpu`. Of code for one platform, that of the others is left out. The CPU backend's
+    schedule is breadth first: everything that starts as a constant, stacked outputs of loops among it, is made before
+    anything else. Other backends make it when it is wanted.
     """
     program, cpu = Program(closed, platform), platform == "cpu"
     results = {id(v) for v in program.results}

@@ -16,9 +16,9 @@ ORDER = """
     config accelerators peers sharding distributed artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
-    statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
+    statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
-    generation export report_parts report_page report quickstart api cli
+    generation serving serving.request export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

@@ -1,0 +1,150 @@
+"""What one request wants and how far it is: plain data, no arrays of JAX."""
+
+import dataclasses
+import itertools
+import math
+from typing import Literal
+
+import numpy as np
+
+from readme_jax.config import DataError, require
+from readme_jax.generation import Sampling
+
+State = Literal["waiting", "running", "finished"]
+Reason = Literal["stop", "length", "cancelled"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams(Sampling):
+    """How the tokens of one request are chosen. ConfigError for a value out of range.
+
+    Beside `generation.Sampling`: min_p: keep tokens with at least this share of the best one's probability (0: all).
+    repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output (1: off, as
+    transformers). presence_penalty, frequency_penalty: taken off the logit of a token of the output, once and per
+    occurrence (0: off, as OpenAI). stop: strings that end the text; they are not part of it. stop_tokens: ids that end
+    it beside the model's own. ignore_eos: only length and `stop` end it. logprobs: log-probabilities of the chosen
+    token and of this many best ones (None: none). n: independent continuations; choice i of seed s draws what a request
+    of its own would draw.
+    """
+
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    n: int = 1
+
+    def __post_init__(self):
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        require(all(isinstance(s, str) and s for s in stop), "stop must be texts that are not empty")
+        object.__setattr__(self, "stop", stop)
+        tokens = tuple(self.stop_tokens)
+        require(all(isinstance(t, int | np.integer) for t in tokens), "stop_tokens must be token ids")
+        object.__setattr__(self, "stop_tokens", tuple(map(int, tokens)))
+        for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+            require(good, f"{name}={value!r} must be a finite number")
+        require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
+        require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be positive")
+        for name in ("presence_penalty", "frequency_penalty"):
+            require(-2 <= getattr(self, name) <= 2, f"{name}={getattr(self, name)} must be in [-2, 2]")
+        require(isinstance(self.ignore_eos, bool), f"ignore_eos={self.ignore_eos!r} must be true or false")
+        good = self.logprobs is None or type(self.logprobs) is int and 0 <= self.logprobs <= 20
+        require(good, f"logprobs={self.logprobs!r} must be None or in 0..20")
+        require(type(self.n) is int and 1 <= self.n <= 64, f"n={self.n!r} must be in 1..64")
+        _check_numbers(self)
+
+
+def _check_numbers(params: SamplingParams) -> None:
+    """The rules of `Sampling`, on its own fields."""
+    names = [f.name for f in dataclasses.fields(Sampling)]
+    checked = Sampling(**{name: getattr(params, name) for name in names})
+    for name in names:
+        object.__setattr__(params, name, getattr(checked, name))
+
+
+_numbers = itertools.count()
+
+
+@dataclasses.dataclass(eq=False, slots=True)
+class Request:
+    """One continuation of one prompt on its way through the engine.
+
+    tokens: prompt and output ids known so far. experts: expert of each known token, as many as have been routed.
+    computed: tokens whose keys and values lie in the backbone's pages; tokens[computed:] is the work left: one token
+    when decoding, more when prefilling (also again, after a preemption). flying: tokens of a batch that is on the
+    device, whose result is not known yet. pages, router_pages: ids of KV pages, in order of position. times in seconds
+    of the engine's clock.
+    """
+
+    prompt: list[int]
+    sampling: SamplingParams
+    arrival: float = 0.0
+    choice: int = 0
+    number: int = dataclasses.field(default_factory=lambda: next(_numbers))
+    state: State = "waiting"
+    reason: Reason | None = None
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    experts: list[int] = dataclasses.field(default_factory=list)
+    computed: int = 0
+    flying: int = 0
+    pages: list[int] = dataclasses.field(default_factory=list)
+    router_pages: list[int] = dataclasses.field(default_factory=list)
+    first_token: float | None = None
+    last_token: float | None = None
+    preempted: int = 0
+    passed_over: int = 0
+
+    def __post_init__(self):
+        require(len(self.prompt) > 0, "the prompt is empty", DataError)
+        self.tokens = list(self.prompt)
+
+    @property
+    def left(self) -> int:
+        """Known tokens that no batch has taken yet."""
+        return len(self.tokens) - self.computed - self.flying
+
+    @property
+    def generated(self) -> int:
+        """Tokens of the output so far."""
+        return len(self.tokens) - len(self.prompt)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Work:
+    """`count` tokens of a request from position `start` on, run in one batch."""
+
+    request: Request
+    start: int
+    count: int
+
+    @property
+    def experts(self) -> frozenset[int]:
+        """Experts of these tokens."""
+        return frozenset(self.request.experts[self.start : self.start + self.count])
+
+    @property
+    def samples(self) -> bool:
+        """Whether the batch reaches the last known token, so that a new one is sampled."""
+        return self.start + self.count == len(self.request.tokens)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """What one step runs."""
+
+    works: tuple[Work, ...]
+
+    @property
+    def experts(self) -> frozenset[int]:
+        """Experts that any of its tokens takes."""
+        return frozenset().union(*(work.experts for work in self.works))
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all its works."""
+        return sum(work.count for work in self.works)
