@@ -19,6 +19,7 @@ ORDER = """
     statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
     generation serving serving.request serving.bank serving.eviction serving.residency serving.optimum
+    serving.pages serving.policies serving.scheduler serving.traces serving.trace_files
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
