@@ -17,10 +17,11 @@ ORDER = """
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
     models.expert_pages models.paged
-    statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
+    statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
-    generation serving serving.request serving.pages serving.policies serving.scheduler
-    serving.bank serving.eviction serving.residency serving.optimum serving.sampling serving.runner
+    generation serving serving.request serving.bank serving.eviction serving.residency serving.optimum
+    serving.pages serving.policies serving.scheduler serving.traces serving.trace_files
+    serving.sampling serving.segments serving.runner
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
