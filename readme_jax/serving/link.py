@@ -1,11 +1,12 @@
-"""Transfers of expert pages from host to device: what a load is, a virtual link on a virtual clock, and the best there is.
+"""Transfers of expert pages to the device: what a load is, a link on a virtual clock, and the best that a link could do.
 
 A link, virtual or real, has three calls. `issue(loads, now)`: these pages are committed, move them as soon as their
-slots are free, earliest deadline first. `freed(key, now)`: the layer `key` has run, the slots that it read last may be
-overwritten. `ready(key, now)`: when everything that the layer `key` waits for has arrived.
+slots are free, earliest deadline first. `freed(n, now)`: pass n has run, the slots that it was the last to read may be
+overwritten. `ready(n, now)`: when everything that pass n waits for has arrived.
 
-A key is (step, layer), program order: deadlines are compared by it, because the layer that runs first needs its pages
-first, whatever the clock says. Only steps whose batch is committed are issued, so no byte is moved on a guess.
+Passes are what `residency.StepPlan` counts, over all steps: a layer, or a wave of one. Deadlines are compared by that
+count, because the pass that runs first needs its pages first, whatever the clock says. Only steps whose batch is
+committed are issued, so no byte is moved on a guess.
 """
 
 import dataclasses
@@ -17,44 +18,39 @@ import numpy as np
 
 from readme_jax.config import require
 
-Key = tuple[int, int]
+FREE = -1  # of `Load.after`: the slots are free already
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Load:
-    """Pages of one layer that travel as one transfer.
+    """Pages of one pass that travel as one transfer.
 
-    key: the (step, layer) that reads them first, their deadline. size: bytes. after: the last (step, layer) that reads
-    what lies in the slots now, before which they must not be overwritten; None: they are free. items, slots: int32 [N],
-    ids of the pages and where they go.
+    due: the pass that reads them first, their deadline. size: bytes. after: the last pass that reads what lies in the
+    slots now, after which they may be overwritten; FREE: at once. items, slots: int32 [N], ids of the pages and where
+    they go.
     """
 
-    key: Key
+    due: int
     size: int
-    after: Key | None = None
+    after: int = FREE
     items: Sequence[int] | np.ndarray = ()
     slots: Sequence[int] | np.ndarray = ()
 
 
 def batched(
-    key: Key,
-    items: np.ndarray,
-    slots: np.ndarray,
-    after: Sequence[Key | None],
-    *,
-    page_bytes: int,
-    most: int,
+    due: int, items: np.ndarray, slots: np.ndarray, after: np.ndarray, *, page_bytes: int, most: int
 ) -> list[Load]:
-    """The loads of one layer as transfers: neighbours that wait for the same layer together, at most `most` bytes each.
+    """The loads of one pass as transfers: neighbours that wait for the same pass together, at most `most` bytes each.
 
-    items, slots int32 [N], after [N], in the order in which they must be carried out, which is kept. A page larger than
-    `most` travels alone.
+    items, slots int32 [N], after int64 [N] (`StepPlan.loads_of`), in the order in which they must be carried out, which
+    is kept. A page larger than `most` travels alone.
     """
     limit, loads, begin = max(1, most // page_bytes), [], 0
+    waits = after.tolist()
     for end in range(1, len(items) + 1):
-        if end == len(items) or end - begin == limit or after[end] != after[begin]:
+        if end == len(items) or end - begin == limit or waits[end] != waits[begin]:
             part = slice(begin, end)
-            loads.append(Load(key, (end - begin) * page_bytes, after[begin], items[part], slots[part]))
+            loads.append(Load(due, (end - begin) * page_bytes, waits[begin], items[part], slots[part]))
             begin = end
     return loads
 
@@ -85,46 +81,46 @@ class VirtualLink:
         self.transfers: list[Transfer] | None = [] if keep else None
         self._clear = 0.0  # when the transfer under way ends
         self._number = itertools.count()  # equal deadlines in the order of issue
-        self._held: dict[Key, list[Load]] = {}  # by the layer they wait for
-        self._coming: list[tuple[float, Key, int, Load]] = []  # heap by release
-        self._released: list[tuple[Key, int, float, Load]] = []  # heap by deadline
-        self._open: dict[Key, int] = {}  # loads of a layer that have not begun
-        self._arrival: dict[Key, float] = {}
-        self._done: Key = (-1, -1)
+        self._held: dict[int, list[Load]] = {}  # by the pass they wait for
+        self._coming: list[tuple[float, int, int, Load]] = []  # heap by release
+        self._released: list[tuple[int, int, float, Load]] = []  # heap by deadline
+        self._open: dict[int, int] = {}  # loads of a pass that have not begun
+        self._arrival: dict[int, float] = {}
+        self._done = -1  # the last pass that has run
 
     def seconds(self, size: int) -> float:
         """What a transfer of `size` bytes takes."""
         return self.latency + size / self.bandwidth
 
     def issue(self, loads: Iterable[Load], now: float) -> None:
-        """Commit loads at time `now`. Their layer must not have run."""
+        """Commit loads at time `now`. Their pass must not have run."""
         self._run(now)
         for load in loads:
-            assert load.key > self._done, f"a load for layer {load.key} comes after layer {self._done} has run"
-            self._open[load.key] = self._open.get(load.key, 0) + 1
-            if load.after is not None and load.after > self._done:
-                assert load.after < load.key, f"layer {load.key} waits for a slot that {load.after} still reads"
+            assert load.due > self._done, f"a load for pass {load.due} comes after pass {self._done} has run"
+            self._open[load.due] = self._open.get(load.due, 0) + 1
+            if load.after > self._done:
+                assert load.after < load.due, f"pass {load.due} waits for a slot that {load.after} still reads"
                 self._held.setdefault(load.after, []).append(load)
             else:
                 self._release(load, now)
 
-    def freed(self, key: Key, now: float) -> None:
-        """The layer `key` has run at time `now`. Layers run in program order."""
-        assert key > self._done, f"layer {key} runs after {self._done}"
-        self._done = key
-        self._arrival.pop(key, None)
-        for load in self._held.pop(key, ()):
+    def freed(self, number: int, now: float) -> None:
+        """Pass `number` has run at time `now`. Passes run in order."""
+        assert number > self._done, f"pass {number} runs after {self._done}"
+        self._done = number
+        self._arrival.pop(number, None)
+        for load in self._held.pop(number, ()):
             self._release(load, now)
 
-    def ready(self, key: Key, now: float) -> float:
-        """When the last page of the layer `key` is there, at least `now`; the link works on until then."""
-        while self._open.get(key, 0):
+    def ready(self, number: int, now: float) -> float:
+        """When the last page of pass `number` is there, at least `now`; the link works on until then."""
+        while self._open.get(number, 0):
             self._next()
-        self._open.pop(key, None)
-        return max(now, self._arrival.get(key, now))
+        self._open.pop(number, None)
+        return max(now, self._arrival.get(number, now))
 
     def _release(self, load: Load, now: float) -> None:
-        heapq.heappush(self._coming, (now, load.key, next(self._number), load))
+        heapq.heappush(self._coming, (now, load.due, next(self._number), load))
 
     def _run(self, until: float) -> None:
         """Begin every transfer that begins before `until`."""
@@ -141,13 +137,13 @@ class VirtualLink:
         """Carry out one transfer."""
         start = self._begins()
         while self._coming and self._coming[0][0] <= start:
-            released, key, number, load = heapq.heappop(self._coming)
-            heapq.heappush(self._released, (key, number, released, load))
-        key, _, released, load = heapq.heappop(self._released)
+            released, due, number, load = heapq.heappop(self._coming)
+            heapq.heappush(self._released, (due, number, released, load))
+        due, _, released, load = heapq.heappop(self._released)
         took = self.seconds(load.size)
         self._clear = start + took
-        self._open[key] -= 1
-        self._arrival[key] = self._clear
+        self._open[due] -= 1
+        self._arrival[due] = self._clear
         self.busy, self.moved, self.count = self.busy + took, self.moved + load.size, self.count + 1
         if self.transfers is not None:
             self.transfers.append(Transfer(load, released, start, self._clear))
@@ -160,49 +156,43 @@ class Optimum:
     """The same steps and loads under an offline earliest-deadline-first schedule: the least stall there can be.
 
     Here a transfer may be interrupted at any moment and taken up again, and the link never rests while a load is
-    released. Priorities are program order, so lower ones never delay higher ones: the loads of the first k layers are
-    there at the earliest moment that any schedule of one link reaches, for every k at once; hence every layer starts
-    as early as it can, and slots are freed as early. What stalls here stalls under any order of the same transfers.
+    released. Priorities are program order, so lower ones never delay higher ones: the loads of the first k passes are
+    there at the earliest moment that any schedule of one link reaches, for every k at once; hence every pass starts as
+    early as it can, and slots are freed as early. What stalls here stalls under any order of the same transfers.
 
     Fed step by step, with what was decided when; memory does not grow. stall, end: seconds.
     """
 
     def __init__(self):
-        self.stall, self.end, self._number = 0.0, 0.0, -1
-        self._ends: dict[Key, float] = {}  # of the last steps' layers
-        self._starts: dict[int, float] = {}
-        self._gaps: list[tuple[float, float]] = []  # when the link is idle, in order; the last one has no end
-        self._gaps.append((0.0, float("inf")))
+        self.stall, self.end = 0.0, 0.0
+        self._begins: dict[int, float] = {}  # of the last steps' passes, when compute was free for them
+        self._ends: dict[int, float] = {}
+        self._gaps = [(0.0, float("inf"))]  # when the link is idle, in order
 
-    def step(self, number: int, decided: float | Key, seconds: Sequence[float], loads: Sequence[Sequence]) -> None:
-        """One step: compute seconds and loads (after, seconds) of each layer.
+    def step(
+        self, first: int, decided: float | int, seconds: Sequence[float], loads: Sequence[Sequence[tuple[int, float]]]
+    ) -> None:
+        """One step, its passes counted from `first`: compute seconds and loads (after, seconds) of each.
 
-        decided: when its batch was committed; a key (step, layer): as that layer began.
+        decided: when its batch was committed, in seconds (float); or the pass (int) that was about to begin then.
         """
-        moment = decided if isinstance(decided, float) else self._begin_of(decided)
-        self._forget(moment)
+        moment = decided if isinstance(decided, float) else self._begins[decided]
+        self._forget(moment, first)
         clock = max(self.end, moment)
-        self._starts[number] = clock
-        for layer, (compute, wanted) in enumerate(zip(seconds, loads, strict=True)):
-            there = clock
+        for number, (compute, wanted) in enumerate(zip(seconds, loads, strict=True), first):
+            self._begins[number] = there = clock
             for after, took in wanted:
                 there = max(there, self._take(max(moment, self._ends.get(after, 0.0)), took))
             self.stall += there - clock
-            clock = there + compute
-            self._ends[number, layer] = clock
-        self.end, self._number = clock, number
+            self._ends[number] = clock = there + compute
+        self.end = clock
 
-    def _begin_of(self, key: Key) -> float:
-        step, layer = key
-        return self._starts[step] if layer == 0 else self._ends[step, layer - 1]
-
-    def _forget(self, moment: float) -> None:
-        """Drop what no later step can ask for: decisions do not go back in time."""
-        for step in [s for s in self._starts if s < self._number]:
-            del self._starts[step]
-        if len(self._ends) > 1024:
-            self._ends = {key: end for key, end in self._ends.items() if key[0] >= self._number - 1}
+    def _forget(self, moment: float, first: int) -> None:
+        """Drop what no later step can ask for: decisions do not go back in time, nor beyond the step before."""
         self._gaps = [(max(a, moment), b) for a, b in self._gaps if b > moment]
+        if len(self._ends) > 4096:
+            self._ends = {n: end for n, end in self._ends.items() if end > moment}
+            self._begins = {n: begin for n, begin in self._begins.items() if begin >= moment}
 
     def _take(self, release: float, took: float) -> float:
         """Use the link for `took` seconds from `release` on, in the gaps that earlier deadlines leave; when it ends."""
