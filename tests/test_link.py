@@ -1,4 +1,4 @@
-"""The virtual link by hand-made cases; the offline optimum against a search over all schedules; one against the other."""
+"""The virtual link by hand-made cases; the offline optimum against a search of all schedules."""
 
 import functools
 

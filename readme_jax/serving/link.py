@@ -1,4 +1,4 @@
-"""Transfers of expert pages to the device: what a load is, a link on a virtual clock, and the best that a link could do.
+"""Transfers of expert pages to the device: what a load is, a link on a virtual clock, and the best it could do.
 
 A link, virtual or real, has three calls. `issue(loads, now)`: these pages are committed, move them as soon as their
 slots are free, earliest deadline first. `freed(n, now)`: pass n has run, the slots that it was the last to read may be
