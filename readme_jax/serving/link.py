@@ -170,11 +170,16 @@ class Optimum:
         self._gaps = [(0.0, float("inf"))]  # when the link is idle, in order
 
     def step(
-        self, first: int, decided: float | int, seconds: Sequence[float], loads: Sequence[Sequence[tuple[int, float]]]
+        self,
+        first: int,
+        decided: float | int,
+        seconds: Sequence[float],
+        loads: Sequence[Sequence[tuple[int, float]]],
+        tail: float = 0.0,
     ) -> None:
         """One step, its passes counted from `first`: compute seconds and loads (after, seconds) of each.
 
-        decided: when its batch was committed, in seconds (float); or the pass (int) that was about to begin then.
+        tail: seconds of compute behind the last pass. decided: when its batch was committed, in seconds (float); or the pass (int) that was about to begin then.
         """
         moment = decided if isinstance(decided, float) else self._begins[decided]
         self._forget(moment, first)
@@ -185,7 +190,7 @@ class Optimum:
                 there = max(there, self._take(max(moment, self._ends.get(after, 0.0)), took))
             self.stall += there - clock
             self._ends[number] = clock = there + compute
-        self.end = clock
+        self.end = clock + tail
 
     def _forget(self, moment: float, first: int) -> None:
         """Drop what no later step can ask for: decisions do not go back in time, nor beyond the step before."""

@@ -186,7 +186,7 @@ class Costs:
         )
 
     def head(self, rows: Rows) -> float:
-        """Logits of the sampled rows, and the router's step on the tokens that come out."""
+        """Logits of the sampled rows, and what a step costs beside its work."""
         cfg = self.cfg
         seconds = self.machine.seconds(
             rows.sampled * flops.head_flops(cfg), cfg.embed * cfg.vocab * self.itemsize if rows.sampled else 0.0

@@ -180,35 +180,122 @@ class Simulation:
                 self.link.issue(loads, now)
         return step
 
+    def _decide_ahead(self, now: float, decided: float | int) -> Planned | None:
+        """The batch after the one that runs, if there is something to move for it and enough that could run."""
+        return self._decide(now, decided) if self.serving.transfers == "prefetch" else None
+
     def _play(self, step: Planned) -> Planned | None:
         """Run a step; returns the one after it, if it was chosen meanwhile."""
         link, plan, transfers = self.link, step.plan, self.serving.transfers
-        routing, self._routing = self._routing, 0.0
-        start = self.clock
-        clock, stall = start + routing, 0.0
+        start = clock = self.clock
+        stall, routing, self._routing = 0.0, self._routing, 0.0
         step.seconds[0] += routing
-        clock = start
         self._admit(clock)
-        following = self._decide(clock, plan.first_pass)
+        following = self._decide_ahead(clock, plan.first_pass)
         for i, seconds in enumerate(step.seconds):
             if following is None and self._next is not None and self._next.arrival <= clock:
-                arrival = self._next.arrival
+                arrival = max(start, self._next.arrival)
                 self._admit(clock)
-                following = self._decide(clock, max(arrival, start))
+                following = self._decide_ahead(clock, arrival)
             number = plan.first_pass + i
-            if transfers != "prefetch":
-                if (transfers == "on-demand" or not i) and i in step.loads:
+            if i in step.loads:
+                if transfers == "on-demand" or transfers == "layer-ahead" and not i:
                     link.issue(step.loads[i], clock)
-            begin = link.ready(number, clock) if i in step.loads else clock
-            stall += begin - clock
+                begin = link.ready(number, clock)
+                stall, clock = stall + begin - clock, begin
             if transfers == "layer-ahead" and i + 1 in step.loads:
-                link.issue(step.loads[i + 1], begin)
-            clock = begin + seconds
+                link.issue(step.loads[i + 1], clock)
+            clock += seconds
             link.freed(number, clock)
-        waits = [
-            [(load.after, link.seconds(load.size)) for load in step.loads.get(i, ())] for i in range(plan.passes)
-        ]
-        self.optimum.step(plan.first_pass, step.decided, step.seconds, waits)
-        self.clock = clock
-        self._finish(step, start, clock, stall, routing)
+        waits = [[(load.after, link.seconds(load.size)) for load in step.loads.get(i, ())] for i in range(plan.passes)]
+        route = self.costs.route(step.rows.sampled, step.rows.context // len(step.batch.works))
+        tail = self.costs.head(step.rows) + route
+        self.optimum.step(plan.first_pass, step.decided, step.seconds, waits, tail)
+        self.clock = clock + tail
+        self._finish(step, start, stall, routing + route)
         return following
+
+    def _finish(self, step: Planned, start: float, stall: float, route: float) -> None:
+        """Hand out the tokens of a step that has ended and note down what it was."""
+        batch, plan, now = step.batch, step.plan, self.clock
+        sampled = []
+        for work in batch.works:
+            place = len(work.request.tokens)
+            experts = self._times[work.request][0].experts if work.samples else ()
+            sampled.append((0, int(experts[place]) if place < len(experts) else 0) if work.samples else None)
+        for request in self.scheduler.complete(batch, sampled, now):
+            job, times = self._times[request]
+            times.append(now)
+            if len(times) == job.output:
+                self.scheduler.finish(request, "length")
+                del self._times[request]
+                served = Served(job.arrival, times, job.prompt, False, request.passed_over, request.preempted)
+                self.requests.append(served)
+        size = self.bank.page_bytes
+        self.steps.append(
+            Step(
+                start=start,
+                end=now,
+                stall=stall,
+                requests=len(batch.works),
+                prefill=step.rows.prefill,
+                decode=step.rows.decode,
+                live=step.live,
+                experts=len(batch.experts),
+                pages=len(plan.items),
+                missing=plan.loads,
+                hit_tokens=step.hit_tokens,
+                layers=self.bank.layers,
+                page_bytes=size,
+                moved=plan.loads * size,
+                wasted=step.wasted,
+                waves=1 + plan.passes - self.bank.layers,
+                route=route,
+            )
+        )
+
+    # ---- what a step costs ----------------------------------------------------------------------
+
+    def _seconds(self, rows: Rows, plan: StepPlan) -> list[float]:
+        """Compute of each pass; the attention of a layer belongs to its first pass."""
+        costs = self.costs
+        seconds_P = costs.ffn(rows, np.diff(plan.read), self.bank.pages) + costs.machine.layer_overhead
+        attention = costs.attention(rows)
+        if plan.passes == self.bank.layers:
+            return (seconds_P + attention).tolist()
+        first_P = np.diff(np.asarray(plan.layers), prepend=-1) > 0
+        return (seconds_P + attention * first_P).tolist()
+
+    def _loads(self, plan: StepPlan) -> dict[int, list[Load]]:
+        """The transfers that each pass waits for, of those that wait for any."""
+        loads, size = {}, self.bank.page_bytes
+        if plan.loads:
+            for i in range(plan.passes):
+                if plan.load[i] < plan.load[i + 1]:
+                    items, slots, _, after = plan.loads_of(i)
+                    number, most = plan.first_pass + i, self.serving.transfer_bytes
+                    loads[i] = batched(number, items, slots, after, page_bytes=size, most=most)
+        return loads
+
+    def _mark(self, plan: StepPlan) -> int:
+        """Bytes that an earlier load brought and that this plan overwrites before any pass has read them."""
+        wasted, fresh = 0, self._fresh
+        for i in range(plan.passes if plan.loads else 0):
+            _, slots, _, _ = plan.loads_of(i)
+            wasted += int(fresh[slots].sum())
+            fresh[slots] = True
+            fresh[plan.reads_of(i)[1]] = False
+        return wasted * self.bank.page_bytes
+
+
+def _rows(batch: Batch) -> Rows:
+    decode = prefill = sampled = context = square = 0
+    for work in batch.works:
+        if work.count == 1:
+            decode += 1
+        else:
+            prefill += work.count
+        sampled += work.samples
+        context += work.start + work.count
+        square += work.count * work.start + work.count * (work.count + 1) // 2
+    return Rows(decode=decode, prefill=prefill, sampled=sampled, context=context, square=square)
