@@ -62,4 +62,6 @@ def draw_jobs(
     bounds = np.cumsum(weight / weight.sum())
     for arrival, prompt, output in lengths:
         home = int(np.searchsorted(bounds, rng.random()))
-        yield Job(arrival, prompt, output, draw_experts(prompt + output, min(home, experts - 1), experts, locality, rng))
+        yield Job(
+            arrival, prompt, output, draw_experts(prompt + output, min(home, experts - 1), experts, locality, rng)
+        )

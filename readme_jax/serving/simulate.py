@@ -44,17 +44,20 @@ class Serving:
     prefetch: as soon as the batch is chosen."""
     limits: Limits = Limits()
     """What a batch may hold."""
+    ahead: float = 2.0
+    """With prefetch, the next batch is chosen while one runs if the requests that could run are at least this many
+    times batch_requests. With fewer the batches would be small, and small batches cost more than what they hide."""
     lookahead: int = 64
     """Batches to come that the lookahead policy is told of."""
-    transfer_bytes: int = 32 << 20
-    """Most bytes of one transfer; shorter ones yield sooner to an earlier deadline."""
+    part: int = 16 << 20
+    """Bytes of a transfer after which one with an earlier deadline may go first."""
     reuse: bool = False
     """Whether prompts with a common beginning share pages of KV cache."""
 
     def __post_init__(self):
         require(self.transfers in TRANSFERS, f"transfers={self.transfers!r} is not one of {', '.join(TRANSFERS)}")
         require(self.lookahead >= 0, f"lookahead={self.lookahead} must not be negative")
-        require(self.transfer_bytes >= 1, f"transfer_bytes={self.transfer_bytes} must be at least 1")
+        require(self.part >= 1, f"part={self.part} must be at least 1")
 
 
 @dataclasses.dataclass(slots=True)
@@ -97,7 +100,7 @@ class Simulation:
     ):
         machine = costs.machine
         self.costs, self.bank, self.serving = costs, bank, serving
-        self.link = VirtualLink(machine.link_rate, machine.latency, keep=keep)
+        self.link = VirtualLink(machine.link_rate, machine.latency, part=serving.part, keep=keep)
         self.residency = Residency(
             bank, expert_memory, policy=serving.residency, mode=serving.residency_mode, seed=seed, record=record
         )
@@ -182,7 +185,12 @@ class Simulation:
 
     def _decide_ahead(self, now: float, decided: float | int) -> Planned | None:
         """The batch after the one that runs, if there is something to move for it and enough that could run."""
-        return self._decide(now, decided) if self.serving.transfers == "prefetch" else None
+        if self.serving.transfers != "prefetch":
+            return None
+        scheduler, limits = self.scheduler, self.serving.limits
+        ready = sum([request.left > 0 for request in scheduler.live])
+        ready += min(scheduler.waiting, limits.max_live - len(scheduler.live))
+        return self._decide(now, decided) if ready >= self.serving.ahead * limits.batch_requests else None
 
     def _play(self, step: Planned) -> Planned | None:
         """Run a step; returns the one after it, if it was chosen meanwhile."""
@@ -273,8 +281,7 @@ class Simulation:
             for i in range(plan.passes):
                 if plan.load[i] < plan.load[i + 1]:
                     items, slots, _, after = plan.loads_of(i)
-                    number, most = plan.first_pass + i, self.serving.transfer_bytes
-                    loads[i] = batched(number, items, slots, after, page_bytes=size, most=most)
+                    loads[i] = batched(plan.first_pass + i, items, slots, after, size)
         return loads
 
     def _mark(self, plan: StepPlan) -> int:
