@@ -1,7 +1,6 @@
 """The virtual link by hand-made cases; the offline optimum against a search of all schedules."""
 
 import functools
-import math
 
 import numpy as np
 import pytest
@@ -158,13 +157,13 @@ def test_the_optimum_is_the_best_of_all_schedules(seed):
     assert best.stall == best.end - sum(compute for row in case for compute, _ in row)
 
 
-def play(case, part=math.inf, on_demand=False):
-    """The virtual link under the same case: (stall, end, link)."""
-    link, clock, stall, layers = VirtualLink(1.0, part=part, keep=True), 0.0, 0.0, len(case[0])
+def play(case, part=256, on_demand=False):
+    """The virtual link under the same case, 64 bytes a unit, in parts of `part` bytes: (stall, end, link)."""
+    link, clock, stall, layers = VirtualLink(64.0, part=part, keep=True), 0.0, 0.0, len(case[0])
 
     def issue(step, layer, now):
         for after, n in case[step][layer][1]:
-            link.issue([Load(step * layers + layer, n, after)], now)
+            link.issue([Load(step * layers + layer, 64 * n, after)], now)
 
     for step, row in enumerate(case):
         if not on_demand:
@@ -186,13 +185,13 @@ def test_the_link_is_no_better_than_the_optimum_and_near_it(seed):
     case = draw(np.random.default_rng(seed), steps=6, layers=3, most=30)
     best = optimum(case)
     stall, end, link = play(case)
-    fine, _, _ = play(case, part=1 / 64)
+    fine, _, _ = play(case, part=1)
     demand, late, _ = play(case, on_demand=True)
     assert best.stall - 1e-9 <= min(stall, fine) and stall <= demand + 1e-9
     assert fine - best.stall <= 1 / 16  # what is left is that a part is not interrupted
     assert best.end <= end + 1e-9 and end <= late + 1e-9
     assert hidden_share(link.busy, stall, best.stall) <= 1 + 1e-9
-    assert link.moved == sum(n for row in case for _, loads in row for _, n in loads)
+    assert link.moved == 64 * sum(n for row in case for _, loads in row for _, n in loads)
 
 
 def test_the_link_never_rests_beside_a_released_load():

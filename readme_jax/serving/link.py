@@ -72,11 +72,11 @@ class VirtualLink:
     is the caller's: times passed in must not go back. busy: seconds under way, moved: bytes, count: transfers.
     """
 
-    def __init__(self, bandwidth: float, latency: float = 0.0, *, part: float = float("inf"), keep: bool = False):
+    def __init__(self, bandwidth: float, latency: float = 0.0, *, part: int = 1 << 62, keep: bool = False):
         """bandwidth bytes/s. latency s a transfer. keep: remember every `Transfer` (for timelines) in `transfers`."""
         require(bandwidth > 0, f"bandwidth={bandwidth} must be positive")
         require(latency >= 0, f"latency={latency} must not be negative")
-        require(part > 0, f"part={part} must be positive")
+        require(part >= 1, f"part={part} must be at least 1")
         self.bandwidth, self.latency, self.part = bandwidth, latency, part
         self.busy, self.moved, self.count = 0.0, 0, 0
         self.transfers: list[Transfer] | None = [] if keep else None
