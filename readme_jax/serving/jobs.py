@@ -44,6 +44,46 @@ class Locality:
         require(self.skew >= 0, f"skew={self.skew} must not be negative")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrivals:
+    """When requests come and how long they are."""
+
+    rate: float = 0.0
+    """Requests a second; 0: `load` decides."""
+    load: float = 0.8
+    """Share of what the baseline carries; 0: as fast as the trace says."""
+    burstiness: float = 0.5
+    """Shape of the Gamma distribution of gaps, as in vLLM: 1 is a Poisson process, less comes in bursts."""
+    prompt: int = 128
+    """Median tokens of a prompt."""
+    output: int = 128
+    """Median tokens of an output."""
+    spread: float = 0.6
+    """Standard deviation of the logarithm of lengths."""
+    longest: int = 1024
+    """Most tokens of a prompt, and of an output."""
+
+    def __post_init__(self):
+        for name in ("rate", "load", "spread"):
+            require(getattr(self, name) >= 0, f"{name}={getattr(self, name)} must not be negative")
+        require(self.burstiness > 0, f"burstiness={self.burstiness} must be positive")
+        for name in ("prompt", "output"):
+            value = getattr(self, name)
+            require(1 <= value <= self.longest, f"{name}={value} must be in 1..longest={self.longest}")
+
+
+def draw_lengths(arrivals: Arrivals, count: int, seed: int = 0) -> list[tuple[float, int, int]]:
+    """(arrival, prompt, output) of `count` requests, one a second on average: Gamma gaps, lognormal lengths."""
+    rng = np.random.default_rng(seed)
+    times = np.cumsum(rng.gamma(arrivals.burstiness, 1 / arrivals.burstiness, count))
+    spread, longest = arrivals.spread, arrivals.longest
+    lengths = [
+        rng.lognormal(np.log(median), spread, count).round().clip(1, longest).astype(int).tolist()
+        for median in (arrivals.prompt, arrivals.output)
+    ]
+    return list(zip(times.tolist(), *lengths, strict=True))
+
+
 def draw_experts(count: int, home: int, experts: int, locality: Locality, rng: np.random.Generator) -> np.ndarray:
     """int16 [count]: a text of `count` tokens whose home expert is `home`."""
     changes = rng.random(count) >= locality.stay

@@ -79,7 +79,7 @@ class Simulation:
     """One run. Requests and steps that have ended are appended to `requests` and `steps`.
 
     costs: of the model on a machine. bank: its expert pages. expert_memory: bytes of the pool of expert pages.
-    kv_pages: pages of 16 tokens of KV cache. keep: remember every transfer. `run` once.
+    kv_pages: pages of 16 tokens of KV cache. keep: remember every transfer and pass. record: as `Residency`. `run` once.
     """
 
     PAGE_TOKENS = 16
@@ -117,6 +117,8 @@ class Simulation:
         self.requests: Any = [] if requests is None else requests
         self.steps: Any = [] if steps is None else steps
         self.clock = 0.0
+        self.order: list[frozenset[int]] | None = None  # experts of each batch, where a list is put here
+        self.passes: list[tuple[float, float]] | None = [] if keep else None  # when each pass computed
         self._times: dict[Request, tuple[Job, list[float]]] = {}
         self._fresh = np.zeros(self.residency.slots, bool)  # slots loaded and not read yet
         self._number = 0
@@ -213,6 +215,8 @@ class Simulation:
                 stall, clock = stall + begin - clock, begin
             if transfers == "layer-ahead" and i + 1 in step.loads:
                 link.issue(step.loads[i + 1], clock)
+            if self.passes is not None:
+                self.passes.append((clock, clock + seconds))
             clock += seconds
             link.freed(number, clock)
         waits = [[(load.after, link.seconds(load.size)) for load in step.loads.get(i, ())] for i in range(plan.passes)]
@@ -226,6 +230,8 @@ class Simulation:
     def _finish(self, step: Planned, start: float, stall: float, route: float) -> None:
         """Hand out the tokens of a step that has ended and note down what it was."""
         batch, plan, now = step.batch, step.plan, self.clock
+        if self.order is not None:
+            self.order.append(batch.experts)
         sampled = []
         for work in batch.works:
             place = len(work.request.tokens)
