@@ -4,7 +4,7 @@ readme-jax simulate --model llama2-7b --machine a100-80 --expert-memory 0.25x --
 readme-jax simulate --config configs/llama2-7b-paper/simulate.yaml
 
 The scheduler and the residency are the engine's; device and link are numbers on a virtual clock. In: a model by name or
-a carved folder, a machine, a trace or the generator. Out: a table on stdout, `--json FILE`, pictures with `--plots DIR`.
+a carved folder, a machine, a trace or the generator. Out: a table, `--json FILE`, pictures with `--plots DIR`.
 """
 
 import dataclasses
@@ -15,12 +15,12 @@ from typing import Literal
 from readme_jax import cli
 from readme_jax.config import require, to_dict
 from readme_jax.metrics import progress
-from readme_jax.serving import machines, paper, plots, report, study
-from readme_jax.serving.jobs import Arrivals, Job, Locality, draw_jobs, draw_lengths
+from readme_jax.serving import machines, paper, plots, report, study, trace_files, traces
 from readme_jax.serving.policies import POLICIES as SCHEDULES
 from readme_jax.serving.residency import POLICIES as RESIDENCIES
 from readme_jax.serving.simulate import Serving, Simulation
 from readme_jax.serving.study import Case
+from readme_jax.serving.traces import ArrivalsConfig, RoutedRequest, RouterConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +33,6 @@ class SimulateConfig:
     """a100-40, a100-80, h100, h100-pcie, h200, gh200, v5e, v5p or v6e."""
     storage: Literal["separate", "tied"] = "separate"
     """Expert storage of a model by name: as the paper exports it, or ours."""
-    experts: int = 7
-    """Experts of a model by name."""
     fraction: float = 0.5
     """Share of the FFN channels of one expert, of a model by name."""
     overlap: float = 0.69
@@ -48,13 +46,21 @@ class SimulateConfig:
     read: Literal["touched", "all"] = "touched"
     """What decoding reads of a layer's FFN: pages of the batch's experts, or all."""
     trace: Path | None = None
-    """File of requests: Azure CSV, BurstGPT CSV, ShareGPT JSON or our JSONL; none: drawn."""
-    requests: int = 1000
-    """Requests to serve, at most."""
-    arrivals: Arrivals = Arrivals()
-    """Drawn requests; of a trace, `load` and `rate` apply."""
-    locality: Locality = Locality()
-    """How experts follow one another, where the trace does not say."""
+    """Requests: Azure CSV, BurstGPT CSV, ShareGPT JSON or our JSONL; none: drawn, see `arrivals`."""
+    routed: Path | None = None
+    """A routing trace that an engine recorded: requests with their experts; then nothing is drawn."""
+    limit: int = 1000
+    """Requests to serve at most."""
+    arrivals: ArrivalsConfig = ArrivalsConfig(
+        requests=1000, rate=1.0, burstiness=0.5, prompt_mean=128, prompt_sigma=0.6, output_mean=128, output_sigma=0.6
+    )
+    """Drawn requests; their rate counts if `load` is 0."""
+    routing: RouterConfig = RouterConfig()
+    """How drawn experts follow one another; `experts` also of a model by name."""
+    context: int = 4096
+    """Requests are cut to so many tokens."""
+    load: float = 0.8
+    """Requests come at this share of what fcfs + lru + on-demand carries; 0: when the trace says."""
     policies: Literal["one", "baseline", "ablation", "all"] = "baseline"
     """one: `serving` alone. baseline: beside fcfs + lru + on-demand. ablation: every step between. all: every pair."""
     serving: Serving = Serving()
@@ -73,10 +79,12 @@ class SimulateConfig:
     """Folder to write pictures to."""
 
     def __post_init__(self):
-        require(self.requests >= 2, f"requests={self.requests} must be at least 2")
+        require(self.limit >= 2, f"limit={self.limit} must be at least 2")
+        require(self.load >= 0, f"load={self.load} must not be negative")
+        require(not (self.trace and self.routed), "trace and routed are both given")
         require(self.page >= 0, f"page={self.page} must not be negative")
         require(len(self.expert_memory) > 0, "expert_memory: none given")
-        require(not self.paper or self.experts == paper.EXPERTS, f"paper: has {paper.EXPERTS} experts")
+        require(not self.paper or self.routing.experts == paper.EXPERTS, f"paper: has {paper.EXPERTS} experts")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +93,7 @@ def main(argv: list[str] | None = None) -> None:
     machine = machines.find(config.machine)
     cases = {memory: case_of(config, memory) for memory in config.expert_memory}
     first = cases[config.expert_memory[0]]
-    requests = read_jobs(config, first)
+    requests = read_requests(config, first)
     print(heading(machine, first, requests))
     results, latencies, shown = {}, {}, None
     for memory, case in cases.items():
@@ -119,20 +127,27 @@ def main(argv: list[str] | None = None) -> None:
 def case_of(config: SimulateConfig, memory: str | int, storage: study.Storage | None = None) -> Case:
     """The model on the machine with this much memory for experts."""
     shape = study.named_shape(
-        config.model, experts=config.experts, fraction=config.fraction, storage=storage or config.storage,
+        config.model, experts=config.routing.experts, fraction=config.fraction, storage=storage or config.storage,
         overlap=config.overlap, page=config.page or None,
     )  # fmt: skip
     machine = machines.find(config.machine)
     return study.make_case(shape, machine, memory, kv_memory=config.kv_memory or None, read=config.read)
 
 
-def read_jobs(config: SimulateConfig, case: Case) -> list[Job]:
-    """The requests, at the rate that is asked for."""
-    arrivals = config.arrivals
-    lengths = draw_lengths(arrivals, config.requests, config.seed)
-    drawn = list(draw_jobs(lengths, case.bank.experts, config.locality, seed=config.seed))
-    rate = arrivals.rate or arrivals.load * study.capacity(case, study.baseline(config.serving), drawn)
-    return study.at_rate(drawn, rate) if rate else drawn
+def read_requests(config: SimulateConfig, case: Case) -> list[RoutedRequest]:
+    """The requests with their experts, at the load that is asked for."""
+    experts = case.bank.experts
+    if config.routed:
+        count, found = trace_files.read_routing(config.routed)
+        require(count == experts, f"routed={config.routed}: has {count} experts, the model {experts}")
+        found = found[: config.limit]
+    else:
+        lengths = trace_files.read_trace(config.trace) if config.trace else traces.generate(config.arrivals)
+        lengths = traces.clip(lengths[: config.limit], config.context)
+        found = list(traces.route(lengths, dataclasses.replace(config.routing, experts=experts)))
+    if not config.load:
+        return found
+    return study.at_rate(found, config.load * study.capacity(case, study.baseline(config.serving), found))
 
 
 def chosen(config: SimulateConfig, case: Case) -> dict[str, tuple[Case, Serving]]:
@@ -152,19 +167,20 @@ def chosen(config: SimulateConfig, case: Case) -> dict[str, tuple[Case, Serving]
     return steps
 
 
-def heading(machine: machines.Machine, case: Case, requests: list[Job]) -> str:
+def heading(machine: machines.Machine, case: Case, requests: list[RoutedRequest]) -> str:
     """What is simulated, with the assumptions that the figures rest on."""
     bank, cfg, device = case.bank, case.costs.cfg, machine.device
     span = requests[-1].arrival - requests[0].arrival
-    prompt, output = (sum(getattr(job, name) for job in requests) / len(requests) for name in ("prompt", "output"))
+    prompt = sum(len(job.prompt_experts) for job in requests) / len(requests)
+    output = sum(len(job.output_experts) for job in requests) / len(requests)
     return (
         f"{cfg.layer} layers of {cfg.embed}, {bank.experts} {bank.storage} experts of {bank.channels} channels, "
         f"{bank.pages} pages a layer of {bank.page_bytes / 1e6:.2f} MB\n"
         f"{machine.name}: {device.flops * machine.flops_share / 1e12:.0f} TFLOP/s, "
         f"{device.bandwidth * machine.memory_share / 1e9:.0f} GB/s, link {machine.link_rate / 1e9:.1f} GB/s "
         f"(assumed {machine.flops_share:.0%}, {machine.memory_share:.0%} and {machine.link_share:.0%} of the peaks)\n"
-        f"{len(requests)} requests, {len(requests) / span:.3g} a second, {prompt:.0f} + {output:.0f} tokens on average; "
-        f"room for {case.kv_pages * Simulation.PAGE_TOKENS} tokens of keys and values"
+        f"{len(requests)} requests, {len(requests) / span:.3g} a second, {prompt:.0f} + {output:.0f} tokens on "
+        f"average; room for {case.kv_pages * Simulation.PAGE_TOKENS} tokens of keys and values"
     )
 
 

@@ -27,7 +27,7 @@ STAGES = {
     "generate": ("readme_jax.infer.generate", "text from a dense or carved model"),
     "simulate": (
         "readme_jax.infer.simulate",
-        "serving on machines that are not at hand: latency, hits, bytes by policy",
+        "serving on machines that are not at hand, by policy",
     ),
     "export": ("readme_jax.infer.export", "a folder that transformers loads in PyTorch"),
 }

@@ -19,8 +19,8 @@ ORDER = """
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
     generation serving serving.request serving.pages serving.policies serving.scheduler
-    serving.bank serving.eviction serving.residency serving.optimum serving.link serving.machines serving.report
-    serving.options serving.jobs serving.simulate serving.study serving.paper serving.plots
+    serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
+    serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)

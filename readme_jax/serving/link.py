@@ -235,4 +235,4 @@ def hidden_share(busy: float, stall: float, least_stall: float) -> float:
 
     busy: seconds that the link was under way. stall: seconds that compute waited for it. least_stall: `Optimum.stall`.
     """
-    return (busy - stall) / (busy - least_stall) if busy > least_stall else 1.0
+    return max(0.0, busy - stall) / (busy - least_stall) if busy > least_stall else 1.0

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 from readme_jax.serving import study
 from readme_jax.serving.bank import Bank
-from readme_jax.serving.jobs import Job
 from readme_jax.serving.policies import Policy as Schedule
 from readme_jax.serving.residency import Policy, Residency
 from readme_jax.serving.simulate import Serving
 from readme_jax.serving.study import Case
+from readme_jax.serving.traces import RoutedRequest
 
 EXPERTS, CAPACITIES = 7, (2, 3, 4, 5)
 # Table 4: hit ratio in percent by capacity, in whole experts. Belady is on queued requests, as our lookahead.
@@ -40,7 +40,7 @@ def column_hits(steps: Sequence[frozenset[int]], capacity: int, policy: Policy, 
     return 100 * cache.counters.hit_ratio
 
 
-def figures(case: Case, serving: Serving, jobs: Sequence[Job]) -> dict:
+def figures(case: Case, serving: Serving, jobs: Sequence[RoutedRequest]) -> dict:
     """Ours: hits by policy and capacity on the order of the longest-queue schedule, experts of a batch and latencies by
     schedule, all experts resident, since the paper's change of latency is that of its batches."""
     whole = dataclasses.replace(case, expert_memory=case.bank.total_bytes)

@@ -4,12 +4,14 @@ A policy is a function of a `View` (what could run) and a `Draft` (the batch so 
 device, so the same function also tells what the batches after this one would be.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import math
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -18,6 +20,7 @@ from readme_jax.serving.request import Request
 
 Policy = Literal["fcfs", "decode-first", "prefill-first", "longest-queue", "expert-aware"]
 
+_SINCE = operator.attrgetter("since")
 PART = 0.25  # share of a chunk that must do with the experts of a batch for it to be cut
 PROMPTS = 8  # prompts weighed against each other for one place in a batch, the oldest: bounds the time a batch takes
 
@@ -70,7 +73,7 @@ class Cost:
     load: float = 16.0
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def members(mask: int) -> frozenset[int]:
     """The experts of a bit mask, which is what sets of experts are in here: bit e for expert e."""
     return frozenset(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
@@ -89,6 +92,11 @@ def growth(experts: list[int], start: int, end: int) -> Growth:
         mask |= 1 << expert
     grown.append((end - start, mask))
     return grown
+
+
+def age(request: Request) -> tuple[float, int]:
+    """What requests are ordered by, oldest first."""
+    return request.arrival, request.number
 
 
 class Draft:
@@ -133,7 +141,7 @@ class View:
         self.prefills: dict[Request, None] = {}
         self.flying = flying
         self.held = 0  # experts of the batch before, where that is imagined
-        self._served: set[Request] = set()  # taken, and still here with the rest of a prompt
+        self._since: dict[Request, int] = {}  # of those taken that are still here with the rest of a prompt
         self._prices: dict[int, float] = {}
         self._chunks = {} if chunks is None else chunks
         for request in requests:
@@ -149,8 +157,12 @@ class View:
                         self.decodes[expert].append(request)
                     else:
                         self.decodes[expert] = [request]
-        self._waited = iter(sorted(self.at, key=operator.attrgetter("since")) if patience < math.inf else ())
-        self._next_waited = next(self._waited, None)
+        self._waited = deque(sorted(self.at, key=_SINCE) if patience < math.inf else ())  # the longest wait first
+        self._again: deque[Request] = deque()  # of _since, in order; all later than _waited
+
+    def since(self, request: Request) -> int:
+        """Number of the batch that could have taken it first."""
+        return self._since.get(request, request.since)
 
     def remove(self, request: Request) -> None:
         """It cannot run after all, or has nothing left to run."""
@@ -181,16 +193,19 @@ class View:
             self.remove(request)
         else:
             self.at[request] = start + count
-            self._served.add(request)
+            self._since[request] = self.number + 1
 
     def take_urgent(self, draft: Draft) -> None:
         """Those passed over as often as `patience` allows, the longest wait first."""
-        while (request := self._next_waited) and self.number - request.since >= self.patience:
-            if not draft.requests or not draft.tokens:
-                return
-            self._next_waited = next(self._waited, None)
-            if request in self.at and request not in self._served:
-                self.take(draft, request, urgent=True)
+        for line in (self._waited, self._again):
+            while line and draft.requests and draft.tokens:
+                request = line[0]
+                gone = request not in self.at or (request in self._since) != (line is self._again)
+                if not gone and self.number - self.since(request) < self.patience:
+                    return
+                line.popleft()
+                if not gone:
+                    self.take(draft, request, urgent=True)
 
     def chunks(self, request: Request) -> Growth:
         """`growth` along the next chunk of a request."""
@@ -229,6 +244,14 @@ class View:
         self.flying = False
         self.held = draft.experts
         self._prices.clear()
+        for request in sorted(draft.taken & self.at.keys(), key=age):
+            if request in self._again:
+                self._again.remove(request)
+            self._again.append(request)
+            start = self.at[request]
+            if len(request.tokens) - start == 1:  # the last token of a prompt is nothing else than a decoding step
+                del self.prefills[request]
+                bisect.insort(self.decodes.setdefault(request.experts[start], []), request, key=age)
 
 
 def _take_all(view: View, draft: Draft, requests: Iterable[Request]) -> None:
@@ -263,14 +286,14 @@ def longest_queue(view: View, draft: Draft) -> None:
     for a prompt, which attention forbids to split by expert. Without `max_wait` an expert that few ask for starves.
     """
     view.take_urgent(draft)
-    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items()}
+    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items() if requests}
     tokens = {experts: len(requests) for experts, requests in queues.items()}
     for request in view.prefills:
         if request not in draft.taken:
             count, experts = view.chunks(request)[-1]
             queues.setdefault(experts, []).append(request)
             tokens[experts] = tokens.get(experts, 0) + count
-    for experts in sorted(queues, key=tokens.__getitem__, reverse=True):
+    for experts in sorted(queues, key=lambda experts: (-tokens[experts], age(queues[experts][0]))):
         _take_all(view, draft, queues[experts])
 
 
@@ -290,7 +313,7 @@ def expert_aware(view: View, draft: Draft) -> None:
         waiting = (request for request in view.prefills if request not in draft.taken)
         prompts = [(request, *view.chunks(request)[-1]) for request in itertools.islice(waiting, PROMPTS)]
         chosen = None
-        for more in {expert for expert, _ in queues}.union([experts for _, _, experts in prompts]):
+        for more in sorted({expert for expert, _ in queues}.union([experts for _, _, experts in prompts])):
             experts = draft.experts | more
             worth, tokens = 0, draft.tokens
             for expert, count in queues:
@@ -320,7 +343,7 @@ def _take_free(view: View, draft: Draft, experts: int, prompts: list[Request]) -
             elif fits >= PART * chunks[-1][0]:
                 parts.append((request, fits))
     decodes = [request for expert, queue in view.decodes.items() if experts >> expert & 1 for request in queue]
-    _take_all(view, draft, sorted(decodes, key=operator.attrgetter("since")))
+    _take_all(view, draft, sorted(decodes, key=view.since))
     for request, count in parts:
         if draft.requests and draft.tokens and request in view.at:
             view.take(draft, request, count)

@@ -19,14 +19,10 @@ from typing import get_args
 
 from readme_jax.config import DataError, require
 from readme_jax.serving.pages import PagePool
-from readme_jax.serving.policies import BOUNDED, POLICIES, Cost, Draft, Growth, Limits, Policy, View, members
+from readme_jax.serving.policies import BOUNDED, POLICIES, Cost, Draft, Growth, Limits, Policy, View, age, members
 from readme_jax.serving.request import Batch, Reason, Request, Work
 
 MissingBytes = Callable[[frozenset[int]], float]
-
-
-def _age(request: Request) -> tuple[float, int]:
-    return request.arrival, request.number
 
 
 class Scheduler:
@@ -204,13 +200,13 @@ class Scheduler:
 
     def _wait(self, request: Request) -> None:
         """Into the waiting line, in order of age: nearly always at one of its ends."""
-        waiting, age = self._waiting, _age(request)
+        waiting, mine = self._waiting, age(request)
         self._waiting_count += 1
-        if waiting and age < _age(waiting[0]):
+        if waiting and mine < age(waiting[0]):
             waiting.appendleft(request)
             return
         place = len(waiting)
-        while place and age < _age(waiting[place - 1]):
+        while place and mine < age(waiting[place - 1]):
             place -= 1
         waiting.insert(place, request)
 
@@ -241,7 +237,7 @@ class Scheduler:
                     return
                 room -= lacking + 1
                 request.state, request.since = "running", self.number
-                bisect.insort(self.live, request, key=_age)
+                bisect.insort(self.live, request, key=age)
                 self._waiting_count -= 1
             waiting.popleft()
 
@@ -268,6 +264,8 @@ class Scheduler:
         neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
         """
         pool, place = self.pool, len(self.live) - 1
+        if end <= len(request.pages) * pool.page_tokens:
+            return True
         while pool.lacking(request.pages, end) > pool.available:
             while place >= 0 and (victim := self.live[place]) is not request:
                 if victim.pages and not victim.flying and victim not in draft.taken:

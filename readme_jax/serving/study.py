@@ -14,11 +14,11 @@ from readme_jax.carve import EXPERTS, channels_of
 from readme_jax.config import ConfigError, ModelConfig, RouterConfig, require
 from readme_jax.serving import machines, optimum, report
 from readme_jax.serving.bank import Bank, Storage
-from readme_jax.serving.jobs import Job
 from readme_jax.serving.link import hidden_share
 from readme_jax.serving.machines import Costs, Machine, Read
 from readme_jax.serving.options import memory_bytes
 from readme_jax.serving.simulate import Serving, Simulation
+from readme_jax.serving.traces import RoutedRequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ def make_case(
 
 
 def run(
-    case: Case, serving: Serving, jobs: Sequence[Job], *, goal: dict[str, float] | None = None, least: bool = False,
+    case: Case, serving: Serving, jobs: Sequence[RoutedRequest], *, goal: dict[str, float] | None = None, least: bool = False,
     keep: bool = False, order: bool = False, seed: int = 0,
 ) -> tuple[dict, Simulation]:  # fmt: skip
     """Serve the jobs one way: figures and the simulation that gave them.
@@ -154,7 +154,7 @@ def own_figures(simulation: Simulation, figures: dict) -> dict:
     }
 
 
-def capacity(case: Case, serving: Serving, jobs: Iterable[Job]) -> float:
+def capacity(case: Case, serving: Serving, jobs: Iterable[RoutedRequest]) -> float:
     """Requests a second that a way of serving carries when all have come at once."""
     at_once = [dataclasses.replace(job, arrival=0.0) for job in jobs]
     simulation = Simulation(case.costs, case.bank, serving, expert_memory=case.expert_memory, kv_pages=case.kv_pages)
@@ -162,7 +162,7 @@ def capacity(case: Case, serving: Serving, jobs: Iterable[Job]) -> float:
     return len(at_once) / simulation.clock
 
 
-def at_rate(jobs: Sequence[Job], rate: float) -> list[Job]:
+def at_rate(jobs: Sequence[RoutedRequest], rate: float) -> list[RoutedRequest]:
     """The same jobs with their arrivals stretched so that `rate` of them come a second on average."""
     span = jobs[-1].arrival - jobs[0].arrival
     require(len(jobs) > 1 and span > 0, "arrivals: a rate needs two requests at different times")
