@@ -49,7 +49,7 @@ class Serving:
     times batch_requests. With fewer the batches would be small, and small batches cost more than what they hide."""
     lookahead: int = 64
     """Batches to come that the lookahead policy is told of."""
-    part: int = 16 << 20
+    part: int = 4 << 20
     """Bytes of a transfer after which one with an earlier deadline may go first."""
 
     def __post_init__(self):
@@ -122,6 +122,11 @@ class Simulation:
         self._fresh = np.zeros(self.residency.slots, bool)  # slots loaded and not read yet
         self._number = 0
         self._routing = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Requests that are known here and have not ended."""
+        return len(self._times)
 
     # ---- the loop -----------------------------------------------------------------------------
 
