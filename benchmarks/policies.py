@@ -31,7 +31,7 @@ import numpy as np
 from readme_jax.config import RouterConfig
 from readme_jax.serving import machines, report, study, traces
 from readme_jax.serving.bank import Bank
-from readme_jax.serving.machines import Costs
+from readme_jax.serving.machines import Assumed, Costs
 from readme_jax.serving.policies import Limits
 from readme_jax.serving.simulate import Serving, Simulation
 from readme_jax.serving.study import Case
@@ -183,7 +183,7 @@ def soak(count: int) -> dict:
     """A million requests; SystemExit when something is left or memory grows."""
     cfg = machines.MODELS["smollm2-135m"]
     bank = Bank.synthetic(layers=2, experts=4, channels=cfg.mlp // 2, row_bytes=3 * cfg.embed * 2, page=cfg.mlp // 4)
-    slow = dataclasses.replace(machines.find("v5e"), step_overhead=0.3)  # a million requests fill a day
+    slow = machines.find("v5e", Assumed(step_overhead=0.3))  # a million requests fill a day
     costs = Costs(slow, dataclasses.replace(cfg, layer=2), cfg.mlp // 2, RouterConfig(), 4, bank.page)
     served, steps = collections.deque(maxlen=1000), collections.deque(maxlen=1000)
     serving = Serving(limits=Limits(batch_requests=32, max_live=128))
