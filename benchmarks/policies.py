@@ -39,14 +39,14 @@ from readme_jax.serving.traces import ArrivalsConfig, RoutedRequest
 
 MODEL, MACHINE, MEMORY = "llama2-7b", "a100-80", "0.25x"
 TIED_PAGE = 172  # channels; 4.2 MB of Llama-2-7B, near the best of transfer size and rows read in vain
-LENGTHS = {"prompt_mean": 64.0, "prompt_sigma": 0.5, "output_mean": 64.0, "output_sigma": 0.5}
+LENGTHS = ArrivalsConfig(requests=1, rate=1.0, prompt_mean=64, prompt_sigma=0.5, output_mean=64, output_sigma=0.5)
 HEADLINE = (16, 48)  # batch_requests, max_live
 WORST = {"hidden_share": 1.0, "wasted_bytes": 0}
 
 
 def requests(count: int, rate: float = 1e9, stay: float = 0.71, burstiness: float = 0.5) -> list[RoutedRequest]:
     """Drawn requests with their experts; at the default rate all come at once."""
-    arrivals = ArrivalsConfig(requests=count, rate=rate, burstiness=burstiness, **LENGTHS)
+    arrivals = dataclasses.replace(LENGTHS, requests=count, rate=rate, burstiness=burstiness)
     return list(traces.route(traces.generate(arrivals), traces.RouterConfig(stay=stay, zipf=0.0)))
 
 
