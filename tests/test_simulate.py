@@ -13,7 +13,7 @@ import pytest
 
 from readme_jax.config import ConfigError, ReadMeError, RouterConfig
 from readme_jax.infer import simulate as program
-from readme_jax.serving import machines, paper, report, study, traces
+from readme_jax.serving import machines, paper, report, study, trace_files, traces
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.machines import Assumed, Costs, Rows
 from readme_jax.serving.policies import POLICIES, Limits
@@ -285,6 +285,20 @@ def test_program_reads_traces(tmp_path, capsys):
     path.write_text("\n".join(rows) + "\n")
     program.main([*SMALL, "--trace", str(path), "--load", "0", "--policies", "one"])
     assert "5 requests, 1.25 a second, 22 + 6 tokens" in capsys.readouterr().out
+
+
+def test_program_reads_routing_traces(tmp_path, capsys):
+    path = tmp_path / "routed.jsonl"
+    with trace_files.RoutingRecorder(path, 7) as recorder:
+        for i in range(4):
+            recorder.write(job([i, i, 6 - i], [i, 0], arrival=0.5 * i))
+    file = tmp_path / "out.json"
+    program.main([*SMALL, "--routed", str(path), "--load", "0", "--policies", "one", "--json", str(file)])
+    assert "4 requests, 2.67 a second, 3 + 2 tokens" in capsys.readouterr().out
+    (results,) = json.loads(file.read_text())["results"].values()
+    assert next(iter(results.values()))["total_output_tokens"] == 8
+    with pytest.raises(ConfigError, match="has 7 experts, the model 4"):
+        program.main([*SMALL, "--routed", str(path), "--routing.experts", "4"])
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ class EngineOptions:
     """Tokens of a page of keys and values."""
     expert_page: int = 0
     """Channels of an expert page; 0: by the width of the FFN."""
-    lookahead: int = 8
+    lookahead: int = 64
     """Batches ahead that the scheduler is asked for, for the eviction to see."""
     ahead: int = 4
     """Staged loads that may wait on the device; they take memory beside the budget."""
@@ -63,7 +63,7 @@ class EngineOptions:
             require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
         require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} is not one of float32, bfloat16")
         least = {"context": 0, "expert_page": 0, "lookahead": 0}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(EngineOptions):  # not those of a program that has more
             if field.type is int:
                 value, low = getattr(self, field.name), least.get(field.name, 1)
                 good = type(value) is int and value >= low
@@ -78,7 +78,7 @@ class EngineOptions:
 
 
 def memory_bytes(value: str | int, name: str, whole: int | None = None) -> int:
-    """Bytes of `2GiB`, `500MB`, a number, or, with `whole` bytes to take a share of, `0.5x`. ConfigError names the rule."""
+    """Bytes of `2GiB`, `500MB`, a number, or, where there are `whole` bytes to share, `0.5x`; else ConfigError."""
     shares = whole is not None
     rule = f"{name}={value!r} must be a size such as 2GiB, 500MB or a number of bytes" + (
         ", or a share such as 0.5x" * shares
