@@ -18,14 +18,10 @@ ORDER = """
     models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
-<<<<<<< HEAD
-    generation serving serving.request serving.pages serving.policies serving.scheduler
-    serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
-    serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
-=======
     generation serving serving.request serving.bank serving.eviction serving.residency serving.optimum
     serving.pages serving.policies serving.scheduler serving.traces serving.trace_files
->>>>>>> main
+    serving.link serving.machines serving.report serving.options
+    serving.simulate serving.study serving.paper serving.plots
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
