@@ -22,6 +22,8 @@ ORDER = """
     generation serving serving.request serving.bank serving.eviction serving.residency serving.optimum
     serving.pages serving.policies serving.scheduler serving.traces serving.trace_files
     serving.sampling serving.segments serving.runner
+    serving.link serving.machines serving.report serving.options
+    serving.simulate serving.study serving.paper serving.plots
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
