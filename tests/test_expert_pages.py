@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 from oracles_core import random_table
 
-from readme_jax.models import expert_pages, experts
+from readme_jax.models import expert_kernels, expert_pages, experts
 from readme_jax.models.expert_pages import Pages
 from readme_jax.serving.bank import Bank
 from readme_jax.sharding import AXES, put
@@ -65,7 +65,8 @@ def listed(bank, slot_I, layer, named, rng, length=None):
 
 WAYS = {
     "portable": jax.jit(expert_pages.portable),
-    "kernel": jax.jit(functools.partial(expert_pages.kernel, interpret=True)),
+    "tpu": jax.jit(functools.partial(expert_kernels.tpu, interpret=True)),
+    "gpu": jax.jit(functools.partial(expert_kernels.gpu, interpret=True)),
 }
 run = WAYS["portable"]
 CASES = [
