@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas import triton
 
@@ -20,8 +21,7 @@ from readme_jax.sharding import REPLICATED
 WORD = 32
 TILE = 256  # tokens that the TPU kernel keeps beside a page
 GPU_TILE = 64  # tokens of one program on a GPU
-GPU_STEP = 256  # bytes of a row that a program on a GPU fetches at a time
-GPU_PROGRAMS = 512  # enough at once for each of an H100's 132 multiprocessors to hold several
+GPU_PROGRAMS = 512  # enough for each of an H100's 132 multiprocessors to hold several
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,15 @@ class Pages:
     pool_SQD: jax.Array
     member_IWR: jax.Array
     bias_I2R: jax.Array | None = None
+
+
+def row_major(place: jax.sharding.Sharding) -> Format:
+    """Where and how the arrays of `Pages` lie for the kernels: last axis innermost, padded as the device needs.
+
+    XLA's own choice on TPU wastes no byte: at 576 columns it puts the slots innermost, and copies the whole pool in
+    front of every call.
+    """
+    return Format(Layout(major_to_minor=(0, 1, 2)), place)
 
 
 def keep(member_W1R: Sequence[jax.Array], expert_M1: jax.Array) -> jax.Array:
@@ -84,9 +93,10 @@ def tpu(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """`expert_pages.ffn` as a Pallas kernel for TPU: the list is known before the kernel runs, so pages stream in one after another.
+    """`expert_pages.ffn` as a Pallas kernel for TPU.
 
-    Past `count` the list's last page is named again, which fetches nothing.
+    The list is known before the kernel runs, so pages stream in one after another. Past `count` the list's last page is
+    named again, which fetches nothing. Arrays of `pages` lie as `row_major` has them, or XLA copies them first.
     """
     (m, d), (_, q, _), (_, words, rows) = x_MD.shape, pages.pool_SQD.shape, pages.member_IWR.shape
     tile = min(TILE, -(-m // 16) * 16)
@@ -238,14 +248,16 @@ def gpu(
     columns of the output and then the list of pages, so that one token of a decode step keeps the whole device reading.
     Its partial sums are added up afterwards, in an order that depends on shapes only. Programs past `count` do nothing.
     """
-    (m, d), (listed,), (_, _, rows) = x_MD.shape, slot_N.shape, pages.member_IWR.shape
-    tile, step = min(GPU_TILE, _power(m)), min(GPU_STEP // x_MD.dtype.itemsize, _power(d))
-    block = min(16 if tile == 16 else 64, _power(rows))
-    tiles, columns = -(-m // tile), -(-d // step)
-    parts = max(1, min(listed, GPU_PROGRAMS // (tiles * columns)))
-    call = functools.partial(
-        pl.pallas_call, compiler_params=triton.CompilerParams(num_warps=4, num_stages=3), interpret=interpret
-    )
+    (m, d), (listed,), (_, _, rows), size = x_MD.shape, slot_N.shape, pages.member_IWR.shape, x_MD.dtype.itemsize
+    tile = min(GPU_TILE, _power(m))
+    tiles, few = -(-m // tile), tile == 16
+    # bytes of a row that a program asks for at a time, and how many times ahead: few programs must ask for more
+    step, narrow = min((512 if few else 256) // size, _power(d)), min(128 // size, _power(d))
+    block, columns = min(16 if few else 64, _power(rows)), -(-d // narrow)
+    # the partial sums of all parts take no more bytes than the rows that they are sums of
+    parts = max(1, min(listed, GPU_PROGRAMS // (tiles * columns), listed * rows * size // (4 * m)))
+    params = triton.CompilerParams(num_warps=4, num_stages=4 if few else 3)
+    call = functools.partial(pl.pallas_call, compiler_params=params, interpret=interpret)
     wide = call(
         functools.partial(_wide_kernel, tile=tile, step=step, block=block),
         out_shape=jax.ShapeDtypeStruct((listed, m, rows), x_MD.dtype),
@@ -253,7 +265,7 @@ def gpu(
         name="expert_pages_wide",
     )
     down = call(
-        functools.partial(_down_kernel, tile=tile, step=step, block=min(64, _power(rows))),
+        functools.partial(_down_kernel, tile=tile, step=narrow, block=min(64, _power(rows))),
         out_shape=jax.ShapeDtypeStruct((parts, m, d), jnp.float32),
         grid=(tiles, columns, parts),
         name="expert_pages_down",
