@@ -19,7 +19,8 @@ from jax.experimental.pallas import triton
 from readme_jax.sharding import REPLICATED
 
 WORD = 32
-TILE = 256  # tokens that the TPU kernel keeps beside a page
+TILE = 256  # most tokens that the TPU kernel keeps beside a page
+VMEM = 15 << 20  # bytes of on-chip memory that it fills: a kernel on TPU v5e may have 16 MiB
 GPU_TILE = 64  # tokens of one program on a GPU
 GPU_PROGRAMS = 512  # enough for each of an H100's 132 multiprocessors to hold several
 
@@ -83,6 +84,16 @@ def _tpu_kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, bias_ref, 
         out_ref[...] += jnp.dot(h_MR, w_RD, preferred_element_type=jnp.float32)
 
 
+def tpu_tile(tokens: int, width: int, rows: int, itemsize: int) -> int:
+    """Tokens, a multiple of 16, whose inputs and float32 outputs lie in VMEM beside two pages; twice where one tile
+    follows another."""
+    tile = min(TILE, -(-tokens // 16) * 16)
+    pages = 2 * 3 * rows * width * itemsize
+    while tile > 16 and pages + (1 + (tokens > tile)) * tile * width * (itemsize + 4) > VMEM:
+        tile = -(-tile // 32) * 16
+    return tile
+
+
 def tpu(
     x_MD: jax.Array,
     pages: Pages,
@@ -99,7 +110,7 @@ def tpu(
     named again, which fetches nothing. Arrays of `pages` lie as `row_major` has them, or XLA copies them first.
     """
     (m, d), (_, q, _), (_, words, rows) = x_MD.shape, pages.pool_SQD.shape, pages.member_IWR.shape
-    tile = min(TILE, -(-m // 16) * 16)
+    tile = tpu_tile(m, d, rows, x_MD.dtype.itemsize)
     spare = -m % tile
     x_MD, expert_M1 = jnp.pad(x_MD, ((0, spare), (0, 0))), jnp.pad(expert_M, (0, spare))[:, None]
 
