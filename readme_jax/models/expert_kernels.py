@@ -169,7 +169,8 @@ def _product(x_TK: jax.Array, w_CK: jax.Array, dim: int) -> jax.Array:
 
 def _wide_kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, expert_ref, *rest, tile, step, block):
     """h of C rows of one page for one tile of tokens, zero where a token's expert has no such channel."""
-    (bias_ref, h_ref), (m, d), (_, words, rows) = (None, *rest)[-2:], x_ref.shape, member_ref.shape
+    bias_ref, h_ref = rest if len(rest) == 2 else (None, *rest)
+    (m, d), (_, words, rows) = x_ref.shape, member_ref.shape
     first, n, row = pl.program_id(0) * tile, pl.program_id(1), pl.program_id(2) * block
     mine_T, mine_C = first + jnp.arange(tile) < m, row + jnp.arange(block) < rows
     few, part = m % tile > 0, rows % block > 0
