@@ -162,7 +162,8 @@ def _power(number: int) -> int:
 
 
 def _product(x_TK: jax.Array, w_CK: jax.Array, dim: int) -> jax.Array:
-    """[T, C] of [C, K], dim 1, or [T, K] of [K, C], dim 0, summed in float32; float32 inputs are not rounded."""
+    """[T, C] with [C, K], dim 1, or [T, K] with [C, K], dim 0, summed in float32. As everywhere on such a GPU, float32
+    inputs are rounded to TF32 unless `jax_default_matmul_precision` forbids it."""
     dims = (((1,), (dim,)), ((), ()))
     return jax.lax.dot_general(x_TK, w_CK.astype(x_TK.dtype), dims, preferred_element_type=jnp.float32)
 
@@ -172,8 +173,8 @@ def _wide_kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, expert_re
     bias_ref, h_ref = rest if len(rest) == 2 else (None, *rest)
     (m, d), (_, words, rows) = x_ref.shape, member_ref.shape
     first, n, row = pl.program_id(0) * tile, pl.program_id(1), pl.program_id(2) * block
-    mine_T, mine_C = first + jnp.arange(tile) < m, row + jnp.arange(block) < rows
-    few, part = m % tile > 0, rows % block > 0
+    mine_T = first + jnp.arange(tile) < m if m % tile else None
+    mine_C = row + jnp.arange(block) < rows if rows % block else None
 
     @pl.when(n < count_1[0])
     def _():
@@ -181,27 +182,25 @@ def _wide_kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, expert_re
 
         def row_of(ref, at: int) -> jax.Array:
             """[1, C] of an array [items, rows of it, R]."""
-            return _load(ref.at[item, pl.ds(at, 1), pl.ds(row, block)], mine_C[None, :] if part else None)
+            return _load(ref.at[item, pl.ds(at, 1), pl.ds(row, block)], _both(None, mine_C))
 
         def body(j, sums):
-            in_K, cut = j * step + jnp.arange(step) < d, d % step > 0
-            mask_TK = _both(mine_T if few else None, in_K if cut else None)
-            mask_CK = _both(mine_C if part else None, in_K if cut else None)
-            x_TK = _load(x_ref.at[pl.ds(first, tile), pl.ds(j * step, step)], mask_TK)
+            in_K = j * step + jnp.arange(step) < d if d % step else None
+            x_TK = _load(x_ref.at[pl.ds(first, tile), pl.ds(j * step, step)], _both(mine_T, in_K))
             refs = [pool_ref.at[slot, pl.ds(side * rows + row, block), pl.ds(j * step, step)] for side in (0, 1)]
-            return tuple(y_TC + _product(x_TK, _load(ref, mask_CK), 1) for y_TC, ref in zip(sums, refs, strict=True))
+            return tuple(
+                y_TC + _product(x_TK, _load(ref, _both(mine_C, in_K)), 1) for y_TC, ref in zip(sums, refs, strict=True)
+            )
 
         gate_TC, up_TC = jax.lax.fori_loop(0, -(-d // step), body, (jnp.zeros((tile, block), jnp.float32),) * 2)
         if bias_ref is not None:
             gate_TC += row_of(bias_ref, 0).astype(jnp.float32)
             up_TC += row_of(bias_ref, 1).astype(jnp.float32)
         h_TC = gate_TC * jax.nn.sigmoid(gate_TC) * up_TC
-        expert_T = _load(expert_ref.at[pl.ds(first, tile)], mine_T if few else None)
+        expert_T = _load(expert_ref.at[pl.ds(first, tile)], mine_T)
         member_W1C = [row_of(member_ref, w) for w in range(words)]
         h_TC = jnp.where(keep(member_W1C, expert_T[:, None]), h_TC, 0.0).astype(h_ref.dtype)
-        _store(
-            h_ref.at[n, pl.ds(first, tile), pl.ds(row, block)], h_TC, mine_T if few else None, mine_C if part else None
-        )
+        _store(h_ref.at[n, pl.ds(first, tile), pl.ds(row, block)], h_TC, _both(mine_T, mine_C))
 
 
 def _down_kernel(slot_N, count_1, pool_ref, h_ref, out_ref, *, tile, step, block):
@@ -222,14 +221,14 @@ def _down_kernel(slot_N, count_1, pool_ref, h_ref, out_ref, *, tile, step, block
 
     turns = jax.lax.div(jnp.maximum(count_1[0] - part + parts - 1, 0), jnp.int32(parts)) * blocks
     y_TK = jax.lax.fori_loop(0, turns, body, jnp.zeros((tile, step), jnp.float32))
-    _store(out_ref.at[part, pl.ds(first, tile), pl.ds(column, step)], y_TK, mine_T, in_K)
+    _store(out_ref.at[part, pl.ds(first, tile), pl.ds(column, step)], y_TK, _both(mine_T, in_K))
 
 
 def _both(mine_A: jax.Array | None, mine_B: jax.Array | None) -> jax.Array | None:
     """[A, B], or what broadcasts to it; None: all."""
-    if mine_A is None or mine_B is None:
-        return mine_A[:, None] if mine_A is not None else None if mine_B is None else mine_B[None, :]
-    return mine_A[:, None] & mine_B[None, :]
+    if mine_A is None:
+        return None if mine_B is None else mine_B[None, :]
+    return mine_A[:, None] if mine_B is None else mine_A[:, None] & mine_B[None, :]
 
 
 def _load(ref, mask: jax.Array | None) -> jax.Array:
@@ -239,8 +238,7 @@ def _load(ref, mask: jax.Array | None) -> jax.Array:
     return triton.load(ref, mask=jnp.broadcast_to(mask, ref.shape), other=0)
 
 
-def _store(ref, value: jax.Array, mine_A: jax.Array | None, mine_B: jax.Array | None) -> None:
-    mask = _both(mine_A, mine_B)
+def _store(ref, value: jax.Array, mask: jax.Array | None) -> None:
     triton.store(ref, value, mask=None if mask is None else jnp.broadcast_to(mask, value.shape))
 
 
@@ -263,21 +261,26 @@ def gpu(
     (m, d), (listed,), (_, _, rows), size = x_MD.shape, slot_N.shape, pages.member_IWR.shape, x_MD.dtype.itemsize
     tile = min(GPU_TILE, _power(m))
     tiles, few = -(-m // tile), tile == 16
-    # bytes of a row that a program asks for at a time, and how many times ahead: few programs must ask for more
-    step, narrow = min((512 if few else 256) // size, _power(d)), min(128 // size, _power(d))
+    # bytes of a row that a program asks for at a time: where tokens are few, so are programs, and each asks for more
+    step, narrow = min((512 if few else 256) // size, _power(d)), min((256 if few else 128) // size, _power(d))
     block, columns = min(16 if few else 64, _power(rows)), -(-d // narrow)
     # the partial sums of all parts take no more bytes than the rows that they are sums of
     parts = max(1, min(listed, GPU_PROGRAMS // (tiles * columns), listed * rows * size // (4 * m)))
-    params = triton.CompilerParams(num_warps=4, num_stages=4 if few else 3)
-    call = functools.partial(pl.pallas_call, compiler_params=params, interpret=interpret)
+
+    def call(kernel, stages: int, **shapes):
+        params = triton.CompilerParams(num_warps=4, num_stages=stages)
+        return pl.pallas_call(kernel, compiler_params=params, interpret=interpret, **shapes)
+
     wide = call(
         functools.partial(_wide_kernel, tile=tile, step=step, block=block),
+        stages=4 if few else 3,
         out_shape=jax.ShapeDtypeStruct((listed, m, rows), x_MD.dtype),
         grid=(tiles, listed, -(-rows // block)),
         name="expert_pages_wide",
     )
     down = call(
         functools.partial(_down_kernel, tile=tile, step=narrow, block=min(64, _power(rows))),
+        stages=7,  # Triton gives half of them to the slots, which must be there before their pages are asked for
         out_shape=jax.ShapeDtypeStruct((parts, m, d), jnp.float32),
         grid=(tiles, columns, parts),
         name="expert_pages_down",
