@@ -1,0 +1,230 @@
+"""Expert pages from host to device: a thread gathers their rows into staging buffers and sends them ahead of their use.
+
+Loads are sent in the order in which they will be asked for (program order: step by step, layer by layer), which is the
+order of their deadlines. The engine takes each one just before the call that writes it into its slot, and makes that
+call after the last call that reads the slot's old page: the order of the program is the order on the device, so nothing
+is overwritten early, however far ahead the rows were sent.
+"""
+
+import collections
+import dataclasses
+import threading
+import time
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from readme_jax.config import require
+
+Rows = tuple[jax.Array, ...]
+ALIGNMENT = 64  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class HostRows:
+    """FFN weights of all layers in host memory, and the channel that each row of each expert page holds.
+
+    weights: arrays [L, F, D] of one dtype (gate, up, down), which may be memory-mapped; read only. order_LF: int32
+    channel of every row, -1 for rows of padding; page p of a layer is rows p * page .. (p + 1) * page - 1.
+    """
+
+    weights: tuple[np.ndarray, ...]
+    order_LF: np.ndarray
+    page: int
+
+    @property
+    def pages(self) -> int:
+        """Pages of a layer."""
+        return self.order_LF.shape[1] // self.page
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of a page: its rows of every weight."""
+        return self.page * sum(w.shape[2] * w.dtype.itemsize for w in self.weights)
+
+    def gather(self, items: np.ndarray, out: Sequence[np.ndarray]) -> None:
+        """Copy pages into out[i][:len(items)], each [n, page, D]. items: layer * pages + page, all of one layer.
+
+        Rows of padding get those of channel 0: finite values that no expert counts as its own.
+        """
+        layer = int(items[0]) // self.pages
+        rows_NR = (np.asarray(items) % self.pages)[:, None] * self.page + np.arange(self.page)
+        channels_M = np.maximum(self.order_LF[layer], 0)[rows_NR.ravel()]
+        for weight_LFD, staging in zip(self.weights, out):
+            flat = staging[: len(items)].reshape(len(channels_M), -1)
+            np.take(weight_LFD[layer], channels_M, axis=0, out=flat, mode="clip")
+
+
+class _Load:
+    """One piece of work: pages of one layer, at most as many as the largest staging buffer holds."""
+
+    __slots__ = ("items", "slots", "size", "rows", "done")
+
+    def __init__(self, items: np.ndarray, slots: np.ndarray, size: int):
+        self.items, self.slots, self.size = items, slots, size
+        self.rows: Rows | None = None
+        self.done = threading.Event()
+
+
+@dataclasses.dataclass
+class Moved:
+    """Bytes of completed loads by reason, and what waiting for them cost.
+
+    prefetch: was on the device when it was asked for; demand: was waited for. stall_s: seconds of that waiting.
+    """
+
+    loads: int = 0
+    prefetch_bytes: int = 0
+    demand_bytes: int = 0
+    stall_s: float = 0.0
+
+    @property
+    def bytes(self) -> int:
+        """All of them."""
+        return self.prefetch_bytes + self.demand_bytes
+
+
+class Transfers:
+    """The thread between host rows and device.
+
+    sizes: numbers of pages of a staging buffer, ascending: a load is sent in the smallest that holds it, padded, so that
+    the program that writes it into the pool has few shapes. ahead: buffers that may wait on the device to be taken, at
+    most; beside the expert budget they take ahead * sizes[-1] * page_bytes there.
+
+    An error of the thread is raised by the next `issue` or `take`. Close it, or use it as a context.
+    """
+
+    def __init__(self, host: HostRows, device: jax.Device, *, sizes: tuple[int, ...] = (4, 32), ahead: int = 4):
+        require(ahead >= 1, f"ahead={ahead} must be at least 1")
+        self.host, self.sizes, self.moved = host, sizes, Moved()
+        self._target = jax.sharding.SingleDeviceSharding(device)
+        # DMA needs pinned memory; where the backend has it, rows go through it
+        pinned = any(memory.kind == "pinned_host" for memory in device.addressable_memories())
+        self._pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host") if pinned else None
+        self._keeps = _keeps_buffers(self._target)
+        self._staging: dict[int, list[np.ndarray]] = {}
+        self._queue: collections.deque[_Load] = collections.deque()
+        self._changed = threading.Condition()
+        self._room, self._closed, self._error = ahead, False, None
+        self._thread = threading.Thread(target=self._run, name="expert transfers", daemon=True)
+        self._thread.start()
+
+    def issue(self, items: np.ndarray, slots: np.ndarray) -> list[_Load]:
+        """Queue pages of one layer (ids int32 [n]) for their slots [n]; the loads are to be taken in this order."""
+        largest = self.sizes[-1]
+        loads = []
+        for at in range(0, len(items), largest):
+            part = slice(at, min(at + largest, len(items)))
+            size = next(size for size in self.sizes if size >= part.stop - at)
+            loads.append(_Load(np.asarray(items[part], np.int32), np.asarray(slots[part], np.int32), size))
+        with self._changed:
+            self._check()
+            self._queue.extend(loads)
+            self._changed.notify_all()
+        return loads
+
+    def take(self, load: _Load) -> Rows:
+        """The rows of a load on the device, [size, page, D] each (those past its pages are old rows). Waits for them."""
+        ready = load.done.is_set()
+        if not ready:
+            start = time.perf_counter()
+            load.done.wait()
+            self.moved.stall_s += time.perf_counter() - start
+        with self._changed:
+            if load.rows is None:
+                self._check()
+            self._room += 1
+            self._changed.notify_all()
+        rows, load.rows = load.rows, None
+        assert rows is not None, "a load is taken once"
+        moved = len(load.items) * self.host.page_bytes
+        self.moved.loads += len(load.items)
+        if ready:
+            self.moved.prefetch_bytes += moved
+        else:
+            self.moved.demand_bytes += moved
+        return rows
+
+    @property
+    def pending(self) -> int:
+        """Loads that are queued and not yet on the device."""
+        return len(self._queue)
+
+    def close(self) -> None:
+        """End the thread; loads not taken are dropped. May be called twice."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Transfers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    # ---- the thread ----
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise RuntimeError(f"the thread of expert transfers failed: {self._error!r}") from self._error
+        if self._closed:
+            raise RuntimeError("expert transfers are closed")
+
+    def _run(self) -> None:
+        try:
+            while True:
+                with self._changed:
+                    self._changed.wait_for(lambda: self._closed or (self._queue and self._room > 0))
+                    if self._closed:
+                        break
+                    self._room -= 1
+                    load = self._queue[0]
+                load.rows = self._send(load)
+                with self._changed:
+                    self._queue.popleft()
+                load.done.set()
+        except BaseException as error:  # whatever it is, the engine must not wait for ever
+            with self._changed:
+                self._error = error
+        finally:
+            for load in self._queue:
+                load.done.set()
+
+    def _send(self, load: _Load) -> Rows:
+        staging = self._staging.setdefault(load.size, [])
+        while len(staging) < len(self.host.weights):
+            staging.append(self._buffer(load.size, self.host.weights[len(staging)]))
+        self.host.gather(load.items, staging)
+        rows = []
+        for place, buffer in enumerate(staging):
+            sent = buffer if self._pinned is None else jax.device_put(buffer, self._pinned)
+            rows.append(jax.block_until_ready(jax.device_put(sent, self._target)))
+        if self._keeps:  # the buffers are the arrays' from now on
+            staging.clear()
+        return tuple(rows)
+
+    def _buffer(self, size: int, weight_LFD: np.ndarray) -> np.ndarray:
+        return _aligned((size, self.host.page, weight_LFD.shape[2]), weight_LFD.dtype)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Zeros at an address that every backend likes."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.zeros(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _keeps_buffers(target: jax.sharding.SingleDeviceSharding) -> bool:
+    """Whether arrays of this device lie in the NumPy buffers they were made from.
+
+    A CPU backend does not copy an aligned buffer, whatever `may_alias` says, and a buffer used again would change what
+    was sent before.
+    """
+    buffer = _aligned((ALIGNMENT,), np.dtype(np.int32))
+    sent = jax.block_until_ready(jax.device_put(buffer, target))
+    buffer[:] = 1
+    return bool(jax.device_get(sent)[0] == 1)
