@@ -17,10 +17,11 @@ ORDER[:, -2:] = -1  # the last page is not full
 HOST = HostRows(WEIGHTS, ORDER, PAGE)
 
 
-def expected(item, weight):
+def expected(item):
+    """[3 * PAGE, D]: gate, up and down rows of a page."""
     layer, page = divmod(item, PAGES)
     channels = ORDER[layer, page * PAGE : (page + 1) * PAGE]
-    return WEIGHTS[weight][layer][np.maximum(channels, 0)]
+    return np.concatenate([weight[layer][np.maximum(channels, 0)] for weight in WEIGHTS])
 
 
 def device():
@@ -35,10 +36,10 @@ class Held(HostRows):
         object.__setattr__(self, "allowed", threading.Semaphore(0))
         object.__setattr__(self, "started", threading.Semaphore(0))
 
-    def gather(self, items, out):
+    def gather(self, items, out_NQD):
         self.started.release()
         assert self.allowed.acquire(timeout=30)
-        super().gather(items, out)
+        super().gather(items, out_NQD)
 
 
 def items_of(layer, *pages):
@@ -60,10 +61,9 @@ def test_rows_arrive_whatever_is_sent_after_them():
         taken = [(load.items, transfers.take(load)) for load in loads]
         assert np.concatenate(wanted).tolist() == np.concatenate([items for items, _ in taken]).tolist()
         for items, rows in taken:
-            for weight, array in enumerate(rows):
-                assert array.devices() == {device()}
-                for place, item in enumerate(items.tolist()):
-                    np.testing.assert_array_equal(array[place], expected(item, weight))
+            assert rows.devices() == {device()} and rows.shape[1:] == (3 * PAGE, D)
+            for place, item in enumerate(items.tolist()):
+                np.testing.assert_array_equal(rows[place], expected(item))
         count = sum(map(len, wanted))
         assert transfers.moved.loads == count and transfers.moved.bytes == count * 3 * PAGE * D * 4
         assert transfers.moved.demand_bytes == 0 and transfers.moved.stall_s == 0 and transfers.pending == 0

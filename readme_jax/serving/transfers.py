@@ -10,14 +10,12 @@ import collections
 import dataclasses
 import threading
 import time
-from collections.abc import Sequence
 
 import jax
 import numpy as np
 
 from readme_jax.config import require
 
-Rows = tuple[jax.Array, ...]
 ALIGNMENT = 64  # bytes
 
 
@@ -25,35 +23,48 @@ ALIGNMENT = 64  # bytes
 class HostRows:
     """FFN weights of all layers in host memory, and the channel that each row of each expert page holds.
 
-    weights: arrays [L, F, D] of one dtype (gate, up, down), which may be memory-mapped; read only. order_LF: int32
+    weights: arrays [L, F, D] of one dtype (gate, up, down), which may be memory-mapped; read only. order_LR: int32
     channel of every row, -1 for rows of padding; page p of a layer is rows p * page .. (p + 1) * page - 1.
     """
 
     weights: tuple[np.ndarray, ...]
-    order_LF: np.ndarray
+    order_LR: np.ndarray
     page: int
 
     @property
     def pages(self) -> int:
         """Pages of a layer."""
-        return self.order_LF.shape[1] // self.page
+        return self.order_LR.shape[1] // self.page
+
+    @property
+    def block(self) -> tuple[int, int]:
+        """Rows and width of a page: those of every weight, one after the other."""
+        return self.page * len(self.weights), self.weights[0].shape[2]
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the weights."""
+        return self.weights[0].dtype
 
     @property
     def page_bytes(self) -> int:
-        """Bytes of a page: its rows of every weight."""
-        return self.page * sum(w.shape[2] * w.dtype.itemsize for w in self.weights)
+        """Bytes of a page."""
+        rows, width = self.block
+        return rows * width * self.dtype.itemsize
 
-    def gather(self, items: np.ndarray, out: Sequence[np.ndarray]) -> None:
-        """Copy pages into out[i][:len(items)], each [n, page, D]. items: layer * pages + page, all of one layer.
+    def gather(self, items: np.ndarray, out_NQD: np.ndarray) -> None:
+        """Copy pages into out_NQD[: len(items)]; Q rows of a page: its gate, up and down rows. items: layer * pages +
+        page, all of one layer.
 
         Rows of padding get those of channel 0: finite values that no expert counts as its own.
         """
         layer = int(items[0]) // self.pages
-        rows_NR = (np.asarray(items) % self.pages)[:, None] * self.page + np.arange(self.page)
-        channels_M = np.maximum(self.order_LF[layer], 0)[rows_NR.ravel()]
-        for weight_LFD, staging in zip(self.weights, out):
-            flat = staging[: len(items)].reshape(len(channels_M), -1)
-            np.take(weight_LFD[layer], channels_M, axis=0, out=flat, mode="clip")
+        channels_R = np.maximum(self.order_LR[layer], 0)
+        for place, page in enumerate((np.asarray(items) % self.pages).tolist()):
+            rows_R = channels_R[page * self.page : (page + 1) * self.page]
+            for weight, weight_LFD in enumerate(self.weights):
+                out = out_NQD[place, weight * self.page : (weight + 1) * self.page]
+                np.take(weight_LFD[layer], rows_R, axis=0, out=out, mode="clip")
 
 
 class _Load:
@@ -63,7 +74,7 @@ class _Load:
 
     def __init__(self, items: np.ndarray, slots: np.ndarray, size: int):
         self.items, self.slots, self.size = items, slots, size
-        self.rows: Rows | None = None
+        self.rows: jax.Array | None = None
         self.done = threading.Event()
 
 
@@ -103,7 +114,7 @@ class Transfers:
         pinned = any(memory.kind == "pinned_host" for memory in device.addressable_memories())
         self._pinned = jax.sharding.SingleDeviceSharding(device, memory_kind="pinned_host") if pinned else None
         self._keeps = _keeps_buffers(self._target)
-        self._staging: dict[int, list[np.ndarray]] = {}
+        self._staging: dict[int, np.ndarray] = {}
         self._queue: collections.deque[_Load] = collections.deque()
         self._changed = threading.Condition()
         self._room, self._closed, self._error = ahead, False, None
@@ -124,8 +135,8 @@ class Transfers:
             self._changed.notify_all()
         return loads
 
-    def take(self, load: _Load) -> Rows:
-        """The rows of a load on the device, [size, page, D] each (those past its pages are old rows). Waits for them."""
+    def take(self, load: _Load) -> jax.Array:
+        """The pages of a load on the device, [size, Q, D], what follows them is old. Waits for them."""
         ready = load.done.is_set()
         if not ready:
             start = time.perf_counter()
@@ -193,21 +204,16 @@ class Transfers:
             for load in self._queue:
                 load.done.set()
 
-    def _send(self, load: _Load) -> Rows:
-        staging = self._staging.setdefault(load.size, [])
-        while len(staging) < len(self.host.weights):
-            staging.append(self._buffer(load.size, self.host.weights[len(staging)]))
-        self.host.gather(load.items, staging)
-        rows = []
-        for place, buffer in enumerate(staging):
-            sent = buffer if self._pinned is None else jax.device_put(buffer, self._pinned)
-            rows.append(jax.block_until_ready(jax.device_put(sent, self._target)))
-        if self._keeps:  # the buffers are the arrays' from now on
-            staging.clear()
-        return tuple(rows)
-
-    def _buffer(self, size: int, weight_LFD: np.ndarray) -> np.ndarray:
-        return _aligned((size, self.host.page, weight_LFD.shape[2]), weight_LFD.dtype)
+    def _send(self, load: _Load) -> jax.Array:
+        staging_NQD = self._staging.pop(load.size, None)
+        if staging_NQD is None:
+            staging_NQD = _aligned((load.size, *self.host.block), self.host.dtype)
+        self.host.gather(load.items, staging_NQD)
+        sent = staging_NQD if self._pinned is None else jax.device_put(staging_NQD, self._pinned)
+        sent = jax.block_until_ready(jax.device_put(sent, self._target))
+        if not self._keeps:
+            self._staging[load.size] = staging_NQD
+        return sent
 
 
 def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

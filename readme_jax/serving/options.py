@@ -1,0 +1,90 @@
+"""How an engine serves: memory, policies, batch limits. Sizes of memory are bytes, texts such as `2GiB`, or shares."""
+
+import dataclasses
+import math
+import re
+from typing import Literal, get_args
+
+from readme_jax.config import require
+
+Schedule = Literal["fcfs", "decode-first", "prefill-first", "longest-queue", "expert-aware"]
+Residency = Literal["lookahead", "lru", "lfu", "random"]
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+RESIDENCIES: tuple[Residency, ...] = get_args(Residency)
+UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """Everything about an engine but its model. ConfigError for a value out of range."""
+
+    expert_memory: str = "1.0x"
+    """Device memory for expert pages: bytes, `2GiB`, or `0.5x`, a share of all of them. What is not there is loaded."""
+    kv_memory: str = "512MiB"
+    """Device memory for keys and values of the backbone: bytes, or `2GiB`. Requests that find no room wait."""
+    schedule: Schedule = "expert-aware"
+    """Which waiting tokens make the next batch."""
+    residency: Residency = "lookahead"
+    """Which expert page makes room for one that is loaded."""
+    mode: Literal["layer", "column"] = "layer"
+    """What is held together: the pages of one layer at a time, or those of all layers of a batch."""
+    batch_requests: int = 16
+    """Requests in a batch at most."""
+    batch_tokens: int = 256
+    """Tokens in a batch at most."""
+    chunk: int = 128
+    """Tokens of one prompt in a batch at most."""
+    max_live: int = 256
+    """Requests that are admitted at a time; others wait without memory."""
+    max_wait: float = 4.0
+    """Batches that a request waits at most, as a multiple of live requests / batch_requests (expert-aware)."""
+    context: int = 0
+    """Longest prompt with its output, in tokens; 0: the model's own limit."""
+    kv_page: int = 16
+    """Tokens of a page of keys and values."""
+    expert_page: int = 0
+    """Channels of an expert page; 0: by the width of the FFN."""
+    lookahead: int = 8
+    """Batches ahead that the scheduler is asked for, for the eviction to see."""
+    ahead: int = 4
+    """Staged loads that may wait on the device; they take memory beside the budget."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Dtype of weights, keys and values on the device."""
+
+    def __post_init__(self):
+        memory_bytes(self.expert_memory, "expert_memory", whole=1 << 40)
+        memory_bytes(self.kv_memory, "kv_memory")
+        for name, known in (("schedule", SCHEDULES), ("residency", RESIDENCIES), ("mode", ("layer", "column"))):
+            value = getattr(self, name)
+            require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
+        require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} is not one of float32, bfloat16")
+        least = {"context": 0, "expert_page": 0, "lookahead": 0}
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                value, low = getattr(self, field.name), least.get(field.name, 1)
+                good = type(value) is int and value >= low
+                require(good, f"{field.name}={value!r} must be a whole number, at least {low}")
+        good = isinstance(self.max_wait, int | float) and math.isfinite(self.max_wait) and self.max_wait >= 1
+        require(good, f"max_wait={self.max_wait!r} must be at least 1")
+        require(
+            self.batch_tokens >= self.batch_requests,
+            f"batch_tokens={self.batch_tokens} must hold one token of each of batch_requests={self.batch_requests}",
+        )
+        require(self.chunk <= self.batch_tokens, f"chunk={self.chunk} must not exceed batch_tokens={self.batch_tokens}")
+
+
+def memory_bytes(value: str | int, name: str, whole: int | None = None) -> int:
+    """Bytes of `2GiB`, `500MB`, a number, or, with `whole` bytes to take a share of, `0.5x`. ConfigError names the rule."""
+    shares = whole is not None
+    rule = f"{name}={value!r} must be a size such as 2GiB, 500MB or a number of bytes" + (", or a share such as 0.5x" * shares)
+    require(isinstance(value, str | int) and not isinstance(value, bool), rule)
+    found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(value).lower())
+    require(found is not None, rule)
+    assert found is not None
+    number, unit = float(found[1]), found[2]
+    if unit == "x" and whole is not None:
+        require(0 < number <= 1, f"{name}={value!r}: a share must be in (0, 1]x")
+        return round(number * whole)
+    require(unit in UNITS, rule)
+    require(0 < number * UNITS[unit] < 2**60, f"{name}={value!r} must be above 0")
+    return round(number * UNITS[unit])

@@ -1,0 +1,100 @@
+"""What an engine gives back: the news of a step, finished continuations, counters."""
+
+import collections
+import dataclasses
+from typing import Any
+
+from readme_jax.serving.request import Reason
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenScore:
+    """Log-probability (natural, of the model before temperature and filters) of a chosen token and of the best ones."""
+
+    token: int
+    logprob: float
+    best: tuple[tuple[int, float], ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Usage:
+    """What a continuation took. cached_tokens: of the prompt, found in pages of earlier requests. experts: tokens that
+    ran each expert, prompt and output. first_token_s, total_s: seconds since arrival."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+    experts: dict[int, int]
+    preemptions: int
+    first_token_s: float | None
+    total_s: float
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Update:
+    """News of one continuation: text that may be shown now, tokens sampled since the last news.
+
+    id: of `Engine.add_request`. choice: 0 .. n - 1. reason, usage: once it has ended.
+    """
+
+    id: int
+    choice: int
+    text: str
+    tokens: tuple[int, ...]
+    scores: tuple[TokenScore, ...] = ()
+    reason: Reason | None = None
+    usage: Usage | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Choice:
+    """A finished continuation. tokens: without the stop token that ended it, with those of a stop string."""
+
+    text: str
+    tokens: list[int]
+    reason: Reason
+    usage: Usage
+    scores: list[TokenScore] | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Completion:
+    """A prompt's token ids and its n continuations."""
+
+    prompt: list[int]
+    choices: list[Choice]
+
+    @property
+    def text(self) -> str:
+        """Text of the first choice."""
+        return self.choices[0].text
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the first choice."""
+        return self.choices[0].tokens
+
+
+@dataclasses.dataclass
+class Counters:
+    """Sums since the engine began, or since `Engine.reset_stats`."""
+
+    steps: int = 0
+    tokens: int = 0  # run through the layers, prefill and decode
+    prompt_tokens: int = 0  # of them, prompt
+    generated: int = 0
+    waves: int = 0  # beyond one a layer
+    unique_experts: int = 0
+    unique_pages: int = 0
+    wait_batches: int = 0  # batches that passed between a work being ready and being run
+    works: int = 0
+    routed: int = 0  # prompt tokens routed on arrival
+    preemptions: int = 0
+    step_s: float = 0.0
+    route_s: float = 0.0
+    device_s: float = 0.0  # in calls of device programs and waiting for their results
+    finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        return dataclasses.asdict(self) | {"finished": dict(self.finished)}
