@@ -18,7 +18,9 @@ ORDER = """
     models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
-    generation serving serving.request serving.text serving.transfers export report_parts report_page report quickstart api cli
+    generation serving serving.request serving.pages serving.policies serving.scheduler
+    serving.text serving.options serving.outputs serving.transfers
+    export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

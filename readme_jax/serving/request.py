@@ -77,8 +77,10 @@ class Request:
     tokens: prompt and output ids known so far. experts: expert of each known token, as many as have been routed.
     computed: tokens whose keys and values lie in the backbone's pages; tokens[computed:] is the work left: one token
     when decoding, more when prefilling (also again, after a preemption). flying: tokens of a batch that is on the
-    device, whose result is not known yet. pages, router_pages: ids of KV pages, in order of position. times in seconds
-    of the engine's clock.
+    device, whose result is not known yet. pages, router_pages: ids of KV pages, in order of position. digests: of the
+    full pages of `tokens`. since: number of the batch that could have taken it first; passed_over: batches that could
+    have taken it and did not, over its whole life. Times (arrival, started: first batch formed with it, first_token,
+    last_token) in seconds of the engine's clock.
     """
 
     prompt: list[int]
@@ -94,9 +96,12 @@ class Request:
     flying: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     router_pages: list[int] = dataclasses.field(default_factory=list)
+    digests: list[bytes] = dataclasses.field(default_factory=list)
+    started: float | None = None
     first_token: float | None = None
     last_token: float | None = None
     preempted: int = 0
+    since: int = 0
     passed_over: int = 0
 
     def __post_init__(self):
@@ -116,35 +121,32 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Work:
-    """`count` tokens of a request from position `start` on, run in one batch."""
+    """`count` tokens of a request from position `start` on, run in one batch.
+
+    experts: experts of these tokens. samples: whether they end with the last known token, so that a new one is sampled.
+    Both as they were when the work was made: the request goes on.
+    """
 
     request: Request
     start: int
     count: int
+    experts: frozenset[int] = dataclasses.field(init=False)
+    samples: bool = dataclasses.field(init=False)
 
-    @property
-    def experts(self) -> frozenset[int]:
-        """Experts of these tokens."""
-        return frozenset(self.request.experts[self.start : self.start + self.count])
-
-    @property
-    def samples(self) -> bool:
-        """Whether the batch reaches the last known token, so that a new one is sampled."""
-        return self.start + self.count == len(self.request.tokens)
+    def __post_init__(self):
+        end = self.start + self.count
+        object.__setattr__(self, "experts", frozenset(self.request.experts[self.start : end]))
+        object.__setattr__(self, "samples", end == len(self.request.tokens))
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Batch:
-    """What one step runs."""
+    """What one step runs. experts: those that any of its tokens takes. tokens: of all its works."""
 
     works: tuple[Work, ...]
+    experts: frozenset[int] = dataclasses.field(init=False)
+    tokens: int = dataclasses.field(init=False)
 
-    @property
-    def experts(self) -> frozenset[int]:
-        """Experts that any of its tokens takes."""
-        return frozenset().union(*(work.experts for work in self.works))
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of all its works."""
-        return sum(work.count for work in self.works)
+    def __post_init__(self):
+        object.__setattr__(self, "experts", frozenset().union(*[work.experts for work in self.works]))
+        object.__setattr__(self, "tokens", sum([work.count for work in self.works]))

@@ -1,0 +1,286 @@
+"""Requests -> batches, one after the other, within the limits and the pages of KV cache. Pure Python.
+
+    scheduler = Scheduler("fcfs", Limits(), PagePool(1000, 16))
+    scheduler.add(request)
+    while batch := scheduler.schedule():
+        for request in scheduler.complete(batch, run(batch)):
+            if request.generated == request.sampling.max_new_tokens:
+                scheduler.finish(request, "length")
+
+`schedule` may be called again before `complete`: a request whose next token is still being computed cannot be chosen,
+the others can. Batches must be completed in the order in which they were formed.
+"""
+
+import bisect
+import math
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from typing import get_args
+
+from readme_jax.config import DataError, require
+from readme_jax.serving.pages import PagePool
+from readme_jax.serving.policies import POLICIES, Cost, Draft, Limits, Policy, View
+from readme_jax.serving.request import Batch, Reason, Request, Work
+
+MissingBytes = Callable[[frozenset[int]], float]
+
+
+def _age(request: Request) -> tuple[float, int]:
+    return request.arrival, request.number
+
+
+class Scheduler:
+    """Chooses what runs next.
+
+    A request is unrouted (its experts are not all known), waiting, or live: one of at most `limits.max_live` between
+    which batches are chosen. The waiting become live in order of arrival, when there are pages for their known tokens.
+    When pages run out the youngest live request is sent back to wait and loses its pages. Counters: `number` batches
+    formed, `preemptions`, and `waits`, by how many batches each work had been passed over.
+    """
+
+    def __init__(self, policy: Policy, limits: Limits, pool: PagePool, cost: Cost | None = None):
+        require(policy in POLICIES, f"policy={policy!r} is not one of {', '.join(get_args(Policy))}")
+        require(policy != "expert-aware" or cost is not None, "policy=expert-aware needs a cost")
+        self.policy, self.limits, self.pool, self.cost = policy, limits, pool, cost
+        self.live: list[Request] = []  # by age
+        self.waits: Counter[int] = Counter()
+        self.number = self.preemptions = 0
+        self._unrouted: dict[Request, None] = {}
+        self._waiting: deque[Request] = deque()  # by age; cancelled ones stay until they are at its head
+        self._waiting_count = 0
+        self._flying = 0
+        self._view: View | None = None
+        self._ahead: list[frozenset[int]] = []
+        self._missing_bytes: MissingBytes | None = None
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are neither live nor finished."""
+        return self._waiting_count + len(self._unrouted)
+
+    @property
+    def flying(self) -> int:
+        """Batches formed and not completed."""
+        return self._flying
+
+    @property
+    def unfinished(self) -> int:
+        """Requests that are not finished."""
+        return len(self.live) + self.waiting
+
+    def add(self, request: Request) -> None:
+        """A new request. DataError if it could not run even alone.
+
+        If not all its tokens are routed yet, call `routed` when they are.
+        """
+        longest = len(request.tokens) + request.sampling.max_new_tokens - 1
+        need, pages = self.pool.pages_for(longest), self.pool.pages
+        message = f"prompt of {len(request.prompt)} tokens and max_new_tokens={request.sampling.max_new_tokens} need"
+        require(need <= pages, f"{message} {need} KV pages; there are {pages}", DataError)
+        self.pool.digest(request.tokens, request.digests)
+        if len(request.experts) == len(request.tokens):
+            self._wait(request)
+        else:
+            self._unrouted[request] = None
+
+    def routed(self, request: Request) -> None:
+        """All known tokens of a request have their experts: from now on it can run. A finished one is left alone."""
+        if request in self._unrouted:
+            del self._unrouted[request]
+            self._wait(request)
+
+    def cancel(self, request: Request) -> None:
+        """`finish` with reason "cancelled"; a finished request stays as it is."""
+        self.finish(request, "cancelled")
+
+    def finish(self, request: Request, reason: Reason) -> None:
+        """It ends here, wherever it is. What is on the device is computed to its end, and its pages are free then."""
+        if request.state == "finished":
+            return
+        if request in self._unrouted:
+            del self._unrouted[request]
+        elif request.state == "waiting":
+            self._waiting_count -= 1
+        else:
+            self.live.remove(request)
+            self._changed()
+        request.state, request.reason = "finished", reason
+        if not request.flying:
+            self.pool.release(request.pages)
+
+    def schedule(self, now: float = 0.0, missing_bytes: MissingBytes | None = None) -> Batch | None:
+        """The next batch; None if nothing can run before another batch is completed or a request is added.
+
+        now: seconds, for `Request.started`. missing_bytes: bytes of these experts that are not on the device and not on
+        their way, which expert-aware weighs (about ten calls, of other sets each).
+        """
+        self._admit()
+        self._catch_up()
+        self._missing_bytes = missing_bytes
+        view = self._view = self._look()
+        draft = Draft(self.limits)
+        draft.grant = lambda request, end, urgent: self._grant(view, draft, request, end, urgent)
+        POLICIES[self.policy](view, draft)
+        self._ahead = []
+        if not draft.picks:
+            return None
+        view.close(draft)
+        for request, _, count in draft.picks:
+            request.flying += count
+            waited = self.number - request.since
+            self.waits[waited] += 1
+            request.passed_over += waited
+            request.since = self.number + 1
+            if request.started is None:
+                request.started = now
+        self.number += 1
+        self._flying += 1
+        return Batch(tuple([Work(*pick) for pick in draft.picks]))
+
+    def complete(self, batch: Batch, sampled: Sequence[tuple[int, int] | None], now: float = 0.0) -> list[Request]:
+        """The results of a batch: (token, its expert) for each work that samples, None for the others.
+
+        now: seconds, for the times of tokens. Returns the requests that got a token, for the caller to `finish` those
+        that end with it before it schedules again. Requests finished meanwhile get none.
+        """
+        got = []
+        size = self.pool.page_tokens
+        for work, result in zip(batch.works, sampled, strict=True):
+            request = work.request
+            request.flying -= work.count
+            if request.state == "finished":
+                if not request.flying:
+                    self.pool.release(request.pages)
+                continue
+            start = request.computed
+            request.computed = end = start + work.count
+            if start // size != end // size:
+                self.pool.seal(request.pages, request.digests, start, end)
+            if work.samples:
+                assert result is not None, "a work that samples has a token and its expert"
+                request.tokens.append(result[0])
+                request.experts.append(result[1])
+                if len(request.tokens) % size == 0:
+                    self.pool.digest(request.tokens, request.digests)
+                if request.first_token is None:
+                    request.first_token = now
+                request.last_token = now
+                request.since = self.number
+                got.append(request)
+        self._flying -= 1
+        self._changed()
+        return got
+
+    def upcoming(self, count: int) -> list[frozenset[int]]:
+        """Experts of the next `count` batches (or fewer), as they would be if nothing arrived and nothing were sampled.
+
+        Each token that is known and not on the device runs once: prompts, and the one next token of those that decode.
+        """
+        if self._view is None:
+            self._view = self._look()
+        while len(self._ahead) < count:
+            draft = Draft(self.limits)
+            POLICIES[self.policy](self._view, draft)
+            if not draft.picks:
+                break
+            self._view.close(draft)
+            self._ahead.append(draft.experts)
+        return self._ahead[:count]
+
+    # ---- who may run ----------------------------------------------------------------------------
+
+    def _changed(self) -> None:
+        self._view, self._ahead = None, []
+
+    def _look(self) -> View:
+        wait, limits = self.limits.max_wait, self.limits
+        patience = math.inf if wait is None else wait * len(self.live) / limits.batch_requests
+        return View(self.live, limits, self.number, patience, self.cost, self._missing_bytes)
+
+    def _wait(self, request: Request) -> None:
+        """Into the waiting line, in order of age: nearly always at one of its ends."""
+        waiting, age = self._waiting, _age(request)
+        self._waiting_count += 1
+        if waiting and age < _age(waiting[0]):
+            waiting.appendleft(request)
+            return
+        place = len(waiting)
+        while place and age < _age(waiting[place - 1]):
+            place -= 1
+        waiting.insert(place, request)
+
+    def _admit(self) -> None:
+        """The oldest waiting requests become live while there is room for all their known tokens.
+
+        Besides what the live ones need for theirs, one page for each of them is left, so that they can go on for a
+        while and the newcomer is not sent back at once.
+        """
+        waiting = self._waiting
+        while waiting and waiting[0].state == "finished":
+            waiting.popleft()
+        if not waiting or len(self.live) >= self.limits.max_live:
+            return
+        pool = self.pool
+        room = pool.available - sum([pool.lacking(r.pages, len(r.tokens)) for r in self.live]) - len(self.live)
+        while waiting and len(self.live) < self.limits.max_live:
+            request = waiting[0]
+            if request.state != "finished":
+                before = pool.available
+                self._share(request)
+                room -= before - pool.available
+                lacking = pool.lacking(request.pages, len(request.tokens))
+                if lacking > room and self.live:
+                    pool.reused_tokens -= request.computed
+                    request.computed = 0
+                    pool.release(request.pages)
+                    return
+                room -= lacking + 1
+                request.state, request.since = "running", self.number
+                bisect.insort(self.live, request, key=_age)
+                self._waiting_count -= 1
+            waiting.popleft()
+
+    def _catch_up(self) -> None:
+        """Prompts take over pages of their prefix that others have computed meanwhile."""
+        if self.pool.reuse:
+            for request in self.live:
+                held = len(request.pages) * self.pool.page_tokens
+                if request.computed == held and not request.flying and held + 1 < len(request.tokens):
+                    self._share(request)
+
+    def _share(self, request: Request) -> None:
+        """Take over pages of the same prefix; one token at least is left to compute."""
+        pool = self.pool
+        found = pool.share(request.pages, request.digests, (len(request.tokens) - 1) // pool.page_tokens)
+        request.computed += found * pool.page_tokens
+
+    # ---- pages ----------------------------------------------------------------------------------
+
+    def _grant(self, view: View, draft: Draft, request: Request, end: int, urgent: bool) -> bool:
+        """Pages for the tokens before `end`.
+
+        If there are too few, requests younger than this one lose theirs, the youngest first, as long as they are
+        neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
+        """
+        pool, place = self.pool, len(self.live) - 1
+        while pool.lacking(request.pages, end) > pool.available:
+            while place >= 0 and (victim := self.live[place]) is not request:
+                if victim.pages and not victim.flying and victim not in draft.taken:
+                    break
+                place -= 1
+            else:
+                return False
+            if not request.pages and not urgent:
+                return False
+            view.remove(victim)
+            self._preempt(victim)
+            place -= 1
+        return pool.grow(request.pages, end)
+
+    def _preempt(self, request: Request) -> None:
+        self.pool.release(request.pages)
+        self.live.remove(request)
+        request.computed, request.state = 0, "waiting"
+        request.preempted += 1
+        self.preemptions += 1
+        self._wait(request)
