@@ -19,6 +19,7 @@ ORDER = """
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
     generation serving serving.request serving.pages serving.policies serving.scheduler
+    serving.bank serving.eviction serving.residency serving.optimum
     serving.text serving.options serving.outputs serving.transfers
     export report_parts report_page report quickstart api cli
 """.split()
