@@ -20,7 +20,10 @@ ORDER = """
     abstract jaxprs liveness planning
     generation serving serving.request serving.pages serving.policies serving.scheduler
     serving.bank serving.eviction serving.residency serving.optimum
-    serving.text serving.options serving.outputs serving.transfers
+    generation serving serving.request serving.pages serving.policies serving.scheduler
+    serving.bank serving.eviction serving.residency serving.optimum serving.link serving.machines serving.report
+    serving.text serving.options serving.outputs serving.transfers serving.recorder serving.parts serving.engine
+    export report_parts report_page report quickstart api cli
     export report_parts report_page report quickstart api cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
