@@ -123,10 +123,10 @@ class Model:
         items = [prompts] if single else list(prompts)
         text = bool(items) and all(isinstance(p, str) for p in items)
         require(text or not chat, "chat=True needs text prompts", DataError)
-        ids = [self.encode(str(p), chat) if text else _whole_numbers(p, rule) for p in items]
+        ids = [self.encode(str(p), chat) if text else whole_numbers(p, rule) for p in items]
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         rule = f"stop_tokens={stop_tokens!r} must be a list of token ids"
-        stop = frozenset(_whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
+        stop = frozenset(whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
         decoder = Decoder(self.config, self.router_config, sampling)
         with jax.set_mesh(self._mesh):
             out = generation.generate(decoder, self._weights, ids, stop, on_token)
@@ -163,7 +163,7 @@ def _check_unicode(text: str, what: str) -> None:
         raise DataError(f"{what} holds half of a surrogate pair at character {error.start}") from None
 
 
-def _whole_numbers(values: Any, rule: str) -> list[int]:
+def whole_numbers(values: Any, rule: str) -> list[int]:
     """A list of ints; DataError with `rule` for anything else."""
     array = np.asarray(values) if isinstance(values, list | tuple | np.ndarray) else None
     good = array is not None and array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer))

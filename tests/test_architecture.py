@@ -18,13 +18,10 @@ ORDER = """
     models models.layers models.parallel models.experts models.backbone models.router
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
-    generation serving serving.request serving.pages serving.policies serving.scheduler
-    serving.bank serving.eviction serving.residency serving.optimum
-    generation serving serving.request serving.pages serving.policies serving.scheduler
+    generation api serving serving.request serving.pages serving.policies serving.scheduler
     serving.bank serving.eviction serving.residency serving.optimum serving.link serving.machines serving.report
     serving.text serving.options serving.outputs serving.transfers serving.recorder serving.parts serving.engine
-    export report_parts report_page report quickstart api cli
-    export report_parts report_page report quickstart api cli
+    export report_parts report_page report quickstart cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

@@ -22,6 +22,9 @@ class EngineOptions:
     """Device memory for expert pages: bytes, `2GiB`, or `0.5x`, a share of all of them. What is not there is loaded."""
     kv_memory: str = "512MiB"
     """Device memory for keys and values of the backbone: bytes, or `2GiB`. Requests that find no room wait."""
+    router_memory: str = "128MiB"
+    """Device memory for keys and values of the router, which a request holds from its arrival to its end: as many
+    requests can wait routed."""
     schedule: Schedule = "expert-aware"
     """Which waiting tokens make the next batch."""
     residency: Residency = "lookahead"
@@ -54,6 +57,7 @@ class EngineOptions:
     def __post_init__(self):
         memory_bytes(self.expert_memory, "expert_memory", whole=1 << 40)
         memory_bytes(self.kv_memory, "kv_memory")
+        memory_bytes(self.router_memory, "router_memory")
         for name, known in (("schedule", SCHEDULES), ("residency", RESIDENCIES), ("mode", ("layer", "column"))):
             value = getattr(self, name)
             require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")

@@ -2,16 +2,17 @@
 
 import collections
 import dataclasses
-from typing import Any
 
 from readme_jax.serving.request import Reason
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenScore:
-    """Log-probability (natural, of the model before temperature and filters) of a chosen token and of the best ones."""
+    """A sampled token, the expert that it will run, its log-probability (natural, of the model before temperature and
+    filters) and those of the best tokens where asked for."""
 
     token: int
+    expert: int
     logprob: float
     best: tuple[tuple[int, float], ...] = ()
 
@@ -77,24 +78,20 @@ class Completion:
 
 @dataclasses.dataclass
 class Counters:
-    """Sums since the engine began, or since `Engine.reset_stats`."""
+    """Sums since the engine was made, of what its parts do not count themselves.
+
+    steps: batches. tokens: run through the layers; decode: of them, single next ones. generated: sampled. routed:
+    prompt tokens routed on arrival. unique_experts: of each batch, summed. step_s, route_s: seconds in all steps, and
+    of them in routing prompts.
+    """
 
     steps: int = 0
-    tokens: int = 0  # run through the layers, prefill and decode
-    prompt_tokens: int = 0  # of them, prompt
+    tokens: int = 0
+    decode: int = 0
     generated: int = 0
-    waves: int = 0  # beyond one a layer
+    routed: int = 0
     unique_experts: int = 0
-    unique_pages: int = 0
-    wait_batches: int = 0  # batches that passed between a work being ready and being run
-    works: int = 0
-    routed: int = 0  # prompt tokens routed on arrival
     preemptions: int = 0
     step_s: float = 0.0
     route_s: float = 0.0
-    device_s: float = 0.0  # in calls of device programs and waiting for their results
     finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return dataclasses.asdict(self) | {"finished": dict(self.finished)}
