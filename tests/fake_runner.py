@@ -11,7 +11,7 @@ import numpy as np
 from readme_jax.serving.outputs import TokenScore
 
 VOCAB = 384
-EXPERTS = 3
+EXPERTS = 5
 EMPTY = -1
 
 
@@ -49,13 +49,13 @@ class FakeRunner:
 
     def __init__(self, folder, bank, *, slots, kv_pages, kv_page, router_pages, limits, context, dtype, load_sizes):
         rng = np.random.default_rng(0)
-        width = int(bank.order_LR.max()) + 1
-        self.host_weights = tuple(rng.normal(size=(bank.layers, width, 4)).astype(np.float32) for _ in range(3))
+        width, depth = int(bank.order_LR.max()) + 1, bank.page_bytes // (12 * bank.page)
+        self.host_weights = tuple(rng.normal(size=(bank.layers, width, depth)).astype(np.float32) for _ in range(3))
         self.device = jax.devices()[0]
         self.bank, self.page, self.limits = bank, kv_page, limits
         self.kv = np.full(kv_pages * kv_page, EMPTY)
         self.router_kv = np.full(router_pages * kv_page, EMPTY)
-        self.pool = np.full((slots, 3 * bank.page, 4), np.nan, np.float32)
+        self.pool = np.full((slots, 3 * bank.page, depth), np.nan, np.float32)
         self.routed = self.ran = 0
 
     def compile(self, progress):

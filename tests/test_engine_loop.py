@@ -1,8 +1,8 @@
 """The engine's loop over a runner that checks every page: admission, preemption, sharing, cancels, waves, no leaks."""
 
-import jax
 import numpy as np
 import pytest
+import served
 from fake_runner import VOCAB, FakeRunner, expected, expert_of
 
 from readme_jax import api
@@ -14,8 +14,8 @@ from readme_jax.serving.request import SamplingParams
 
 
 @pytest.fixture(scope="module")
-def model(stages):
-    return api.load(stages.tuned)
+def model(tmp_path_factory):
+    return api.load(served.write(tmp_path_factory.mktemp("served")))
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def fake(monkeypatch):
 
 
 SMALL = dict(
-    kv_memory="20000", router_memory="80KiB", kv_page=4, expert_page=4, batch_requests=4, batch_tokens=24, chunk=10,
+    kv_memory="64KiB", router_memory="80KiB", kv_page=4, expert_page=4, batch_requests=4, batch_tokens=24, chunk=10,
     max_live=8, context=120,
 )  # fmt: skip
 
