@@ -56,7 +56,8 @@ class FakeRunner:
         self.kv = np.full(kv_pages * kv_page, EMPTY)
         self.router_kv = np.full(router_pages * kv_page, EMPTY)
         self.pool = np.full((slots, 3 * bank.page, depth), np.nan, np.float32)
-        self.routed = self.ran = 0
+        self.routed = self.ran = self.programs = self.compiles = 0
+        self.device_s = self.router_s = 0.0
 
     def compile(self, progress):
         pass
@@ -119,8 +120,10 @@ class FakeRunner:
                 known = self._read(self.kv, request.pages, end)
                 assert known == request.tokens[:end]
                 token = next_token(known)
-                self._write(self.router_kv, request.router_pages, end, [token])
-                expert = expert_of(self._read(self.router_kv, request.router_pages, end + 1))
+                expert = 0
+                if len(self.router_kv):
+                    self._write(self.router_kv, request.router_pages, end, [token])
+                    expert = expert_of(self._read(self.router_kv, request.router_pages, end + 1))
                 results[-1] = TokenScore(token, expert, 0.0)
         return results
 

@@ -92,3 +92,184 @@ def test_output_depends_on_no_policy(model, schedule, residency):
         check_empty(engine)
         moved, planned = engine.parts.transfers.moved, engine.parts.residency.counters
         assert moved.loads == planned.loads and moved.bytes == planned.bytes_loaded > 0
+
+
+def test_the_runs_above_meet_what_they_are_for(model):
+    """Preemption, shared prefixes, two batches in flight, waves: none of them is left out by chance."""
+    depth = []
+    options = SMALL | dict(expert_memory="0.25x", schedule="fcfs", kv_memory="40KiB", chunk=24)
+    with Engine(model, **options) as engine:
+        step = engine.parts.runner.step
+
+        def stepped(*args):
+            depth.append(len(engine._flying))
+            return step(*args)
+
+        engine.parts.runner.step = stepped
+        run(engine, np.random.default_rng(7), 60)
+        stats = engine.stats()
+        check_empty(engine)
+    assert stats["preemptions"] > 0 and stats["tokens_from_prefix"] > 0 and stats["waves"] > 0
+    assert set(depth) == {0, 1}, "a full batch is sent before the one before it is back"
+
+
+def test_column_mode_and_separate_experts(tmp_path):
+    model = api.load(served.write(tmp_path / "separate", storage="separate"))
+    for options in (dict(mode="column", expert_memory="0.4x"), dict(mode="layer", expert_memory="0.21x")):
+        with Engine(model, **SMALL, **options) as engine:
+            run(engine, np.random.default_rng(8), 30)
+            check_empty(engine)
+
+
+def test_one_expert_without_a_router(tmp_path):
+    model = api.load(served.write(tmp_path / "static", experts=1, routed=False))
+    with Engine(model, **SMALL) as engine:
+        out = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=5))[0]
+        assert out.tokens == expected([5, 6, 7], 5) and out.choices[0].usage.experts == {0: 6}
+        pool = engine.parts.pool
+        assert pool.available == pool.pages and engine.parts.router_pool is None
+
+
+def test_every_request_moves_on_though_router_pages_are_few(model):
+    options = SMALL | dict(router_memory="24KiB")  # one or two requests at a time
+    with Engine(model, **options) as engine:
+        run(engine, np.random.default_rng(9), 30, cancel=0.3)
+        check_empty(engine)
+
+
+def test_a_known_prefix_is_neither_routed_nor_run_again(model):
+    prompt = np.random.default_rng(1).integers(1, VOCAB, 40).tolist()
+    with Engine(model, **SMALL) as engine:
+        first = engine.generate([prompt], SamplingParams(max_new_tokens=4))[0].choices[0]
+        routed, ran = engine.parts.runner.routed, engine.parts.runner.ran
+        again = engine.generate([prompt], SamplingParams(max_new_tokens=4))[0].choices[0]
+        assert again.tokens == first.tokens == expected(prompt, 4)
+        assert engine.parts.runner.routed == routed, "40 tokens are 10 whole pages"
+        assert engine.parts.runner.ran - ran == 4 + 3, "the last page is run for its last token's sake"
+        assert (first.usage.cached_tokens, again.usage.cached_tokens) == (0, 36)
+        assert engine.stats()["tokens_from_prefix"] == 36
+
+
+def test_choices_share_their_prompt(model):
+    prompt = np.random.default_rng(2).integers(1, VOCAB, 40).tolist()
+    with Engine(model, **SMALL) as engine:
+        out = engine.generate([prompt], SamplingParams(max_new_tokens=3, n=3))[0]
+        assert [choice.tokens for choice in out.choices] == [expected(prompt, 3)] * 3
+        assert [choice.usage.cached_tokens for choice in out.choices] == [0, 36, 36]
+        check_empty(engine)
+
+
+def test_generate_takes_what_model_generate_takes(model):
+    with Engine(model, **SMALL) as engine:
+        one = engine.generate("one two", SamplingParams(max_new_tokens=6))
+        ids = model.encode("one two")
+        assert one.prompt == ids and one.tokens == expected(ids, 6)
+        assert one.text == model.tokenizer.decode(one.tokens, skip_special_tokens=True)
+        two = engine.generate(["one two", [9, 9]], [SamplingParams(max_new_tokens=6), SamplingParams(max_new_tokens=2)])
+        assert two[0].text == one.text and two[1].tokens == expected([9, 9], 2)
+        chat = engine.generate("one", SamplingParams(max_new_tokens=2), chat=True)
+        assert chat.prompt == model.encode("one", chat=True)
+        assert one.choices[0].scores is None
+
+
+def test_streams_side_by_side_and_step_between(model):
+    """News are never lost to whoever else moves the engine."""
+    with Engine(model, **SMALL) as engine:
+        sampling = SamplingParams(max_new_tokens=12)
+        other = engine.add_request([4, 5], sampling)
+        a, b = engine.stream("one two three", sampling), engine.stream([7, 8, 9], sampling)
+        texts, tokens, rest = {"a": "", "b": ""}, {"a": [], "b": []}, []
+        open_streams = {"a": a, "b": b}
+        while open_streams:
+            for name in [*open_streams]:
+                update = next(open_streams[name], None)
+                if update is None:
+                    del open_streams[name]
+                else:
+                    texts[name] += update.text
+                    tokens[name] += update.tokens
+            rest += engine.step() if engine.unfinished else []
+        rest += engine.step()
+        assert tokens["a"] == expected(model.encode("one two three"), 12) and tokens["b"] == expected([7, 8, 9], 12)
+        assert texts["b"] == model.tokenizer.decode(tokens["b"], skip_special_tokens=True)
+        mine = [update for update in rest if update.id == other]
+        assert [t for u in mine for t in u.tokens] == expected([4, 5], 12) and len(rest) == len(mine)
+
+
+def test_a_stream_that_is_left_is_cancelled(model):
+    with Engine(model, **SMALL) as engine:
+        stream = engine.stream([7, 8, 9], SamplingParams(max_new_tokens=20))
+        next(stream)
+        assert engine.unfinished == 1
+        stream.close()
+        assert engine.unfinished == 0 and [u.reason for u in engine.step()] == ["cancelled"]
+        check_empty(engine)
+
+
+def test_stop_tokens_and_strings(model):
+    prompt = [11, 12, 13]
+    tokens = expected(prompt, 24)
+    text = model.tokenizer.decode(tokens, skip_special_tokens=True)
+    with Engine(model, **SMALL) as engine:
+
+        def run(**options):
+            return engine.generate([prompt], SamplingParams(max_new_tokens=24, **options))[0].choices[0]
+
+        by_token = run(stop_tokens=(tokens[5],))
+        assert by_token.reason == "stop" and by_token.tokens == tokens[: tokens.index(tokens[5])]
+        part = text[len(text) // 2 :][:3]
+        by_text = run(stop=(part,))
+        assert by_text.reason == "stop" and by_text.text == text[: text.index(part)]
+        assert tokens[: len(by_text.tokens)] == by_text.tokens
+        assert run().reason == ("length" if len(tokens) == 24 else "stop") and run().text == text
+
+
+def test_what_ends_a_text_can_be_told_to_go_on(model):
+    rng = np.random.default_rng(3)
+    while True:
+        prompt = rng.integers(1, VOCAB, 5).tolist()
+        if len(expected(prompt, 20)) < 10:
+            break
+    with Engine(model, **SMALL) as engine:
+        ends = engine.generate([prompt], SamplingParams(max_new_tokens=20))[0].choices[0]
+        assert ends.reason == "stop" and ends.tokens == expected(prompt, 20)
+        goes_on = engine.generate([prompt], SamplingParams(max_new_tokens=20, ignore_eos=True))[0].choices[0]
+        assert goes_on.reason == "length" and len(goes_on.tokens) == 20
+
+
+def test_closing_with_work_on_the_device(model):
+    engine = Engine(model, **SMALL)
+    for _ in range(12):
+        engine.add_request([3, 4, 5], SamplingParams(max_new_tokens=9, n=2))
+    for _ in range(3):
+        engine.step()
+    engine.close()
+    engine.close()
+    assert engine.unfinished == 0 and not engine.parts.transfers._thread.is_alive()
+
+
+def test_an_error_of_the_transfers_comes_out_of_step(model):
+    with Engine(model, **SMALL, expert_memory="0.3x") as engine:
+        engine.add_request([3, 4, 5])
+
+        def broken(items, out_NQD):
+            raise OSError("the disk is gone")
+
+        object.__setattr__(engine.parts.transfers.host, "gather", broken)
+        with pytest.raises(RuntimeError, match="the disk is gone"):
+            for _ in range(9):
+                engine.step()
+
+
+def test_a_recorder_hears_of_everything(model):
+    recorder = Recorder()
+    with Engine(model, **SMALL, expert_memory="0.3x", recorder=recorder) as engine:
+        reasons = run(engine, np.random.default_rng(5), 30)
+        stats = engine.stats()
+    assert len(recorder.served) == len(reasons) and not recorder._times
+    assert sum(served.cancelled for served in recorder.served) == reasons.count("cancelled")
+    assert len(recorder.steps) == stats["steps"] and sum(len(s.tokens) for s in recorder.served) == stats["tokens_generated"]
+    assert sum(s.prefill + s.decode for s in recorder.steps) == stats["tokens_run"]
+    assert sum(s.moved for s in recorder.steps) == stats["bytes_loaded"] == stats["bytes_demand"] + stats["bytes_prefetch"]
+    assert all(a.end <= b.end and a.start < a.end for a, b in zip(recorder.steps, recorder.steps[1:]))
+    assert sum(stats[f"requests_{reason}"] for reason in set(reasons)) == len(reasons)

@@ -89,6 +89,7 @@ class Engine:
         self._of: dict[Request, _Asked] = {}
         self._flying: collections.deque[tuple[Batch, Any, dict]] = collections.deque()
         self._news: list[Update] = []
+        self._followed: set[int] = set()  # whose news are for a stream
 
     # ---- what a user calls ------------------------------------------------------------------------
 
@@ -125,11 +126,13 @@ class Engine:
         return made[0] if single else made
 
     def stream(self, prompt: Prompt, sampling: SamplingParams | None = None, *, chat: bool = False) -> Iterator[Update]:
-        """The news of one request as they come. It is cancelled when the iterator is closed before its end."""
+        """The news of one request as they come, from when the first is asked for; DataError at once for what cannot be
+        served. It is cancelled when the iterator is closed before its end."""
         sampling = sampling or SamplingParams()
-        return self._stream(self._add(self._check(prompt, sampling, chat), sampling))
+        return self._stream(self._check(prompt, sampling, chat), sampling)
 
-    def _stream(self, number: int) -> Iterator[Update]:
+    def _stream(self, prompt: list[int], sampling: SamplingParams) -> Iterator[Update]:
+        number = self._add(prompt, sampling)
         try:
             yield from self._follow({number})
         finally:
@@ -141,12 +144,14 @@ class Engine:
         return self._add(self._check(prompt, sampling, chat), sampling)
 
     def step(self) -> list[Update]:
-        """Go one step on; the news of all requests since the last call. Call while `unfinished`.
+        """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for. Call while
+        `unfinished`.
 
         Raises what went wrong in the thread of the transfers; the engine is of no use then.
         """
         self._advance()
-        news, self._news = self._news, []
+        news = [update for update in self._news if update.id not in self._followed]
+        self._news = [update for update in self._news if update.id in self._followed]
         return news
 
     def cancel(self, number: int) -> bool:
@@ -154,9 +159,8 @@ class Engine:
         asked = self._asked.get(number)
         if asked is None:
             return False
-        for request in [*asked.open]:
-            text = asked.open[request].finish()
-            self._end(request, "cancelled", Update(number, request.choice, text, ()))
+        for request, stream in [*asked.open.items()]:
+            self._end(request, "cancelled", Update(number, request.choice, stream.finish(), ()))
         return True
 
     @property
@@ -212,14 +216,18 @@ class Engine:
         return number
 
     def _follow(self, ids: set[int]) -> Iterator[Update]:
-        """News of these requests until all have ended; those of others are kept for `step`."""
-        while True:
-            mine = [update for update in self._news if update.id in ids]
-            self._news = [update for update in self._news if update.id not in ids]
-            yield from mine
-            if not any(number in self._asked for number in ids) and not any(u.id in ids for u in self._news):
-                return
-            self._advance()
+        """News of these requests until all have ended; those of others are kept."""
+        self._followed |= ids
+        try:
+            while True:
+                mine = [update for update in self._news if update.id in ids]
+                self._news = [update for update in self._news if update.id not in ids]
+                yield from mine
+                if not self._asked.keys() & ids and not any(update.id in ids for update in self._news):
+                    return
+                self._advance()
+        finally:
+            self._followed -= ids
 
     # ---- a step -----------------------------------------------------------------------------------
 

@@ -91,7 +91,6 @@ class Counters:
     generated: int = 0
     routed: int = 0
     unique_experts: int = 0
-    preemptions: int = 0
     step_s: float = 0.0
     route_s: float = 0.0
     finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

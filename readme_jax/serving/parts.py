@@ -25,21 +25,13 @@ ROUTE_TOKENS = 4096  # prompt tokens routed in a step at most, so that a rush of
 LOAD_SIZES = (4, 32)  # pages of a transfer; one program each
 
 
-def check_model(model: api.Model) -> None:
-    """ConfigError for a model that cannot be served by expert."""
-    where = f"{model.folder}: "
-    require(model.experts is not None, where + "a dense model has no experts to serve by; carve it first, or `generate`")
-    experts = 0 if model.expert_config is None else model.expert_config.experts
-    need = f"{where}{experts} experts but no router; train one with `readme-jax alternate`"
-    require(experts == 1 or model.router_config is not None, need)
-
-
 class Parts:
     """See the module. counters: what the parts do not count themselves. context: tokens of the longest request."""
 
     def __init__(self, model: api.Model, options: EngineOptions, progress: bool):
-        check_model(model)
         cfg, carved, router = model.config, model.expert_config, model.router_config
+        rule = f"{model.folder}: a dense model has no experts to serve by; carve it first, or use `readme-jax generate`"
+        require(carved is not None and model.experts is not None, rule)
         assert carved is not None and model.experts is not None
         require(options.context <= cfg.max_position, f"context={options.context} exceeds the model's {cfg.max_position}")
         self.options, self.counters = options, Counters()
@@ -101,11 +93,10 @@ class Parts:
 
     def leave(self, request: Request, reason: Reason) -> int:
         """It has ended, or is to; the prompt tokens that it found in pages. On the device it is run to its end."""
+        self.counters.finished[reason] += 1
         if request not in self._cached:  # it never arrived
             request.state, request.reason = "finished", reason
             return 0
-        self.counters.finished[reason] += 1
-        self.counters.preemptions += request.preempted
         self.scheduler.finish(request, reason)
         if self.router_pool is not None:
             # calls that still write to these pages were made before those of whoever gets them next
@@ -239,6 +230,51 @@ class Parts:
             if len(request.tokens) % page == 0:
                 pool.seal(request.router_pages, request.digests, place, place + 1)
         return got
+
+    # ---- figures ----------------------------------------------------------------------------------
+
+    def stats(self) -> dict[str, Any]:
+        """See `Engine.stats`."""
+        counters, pages, moved = self.counters, self.residency.counters, self.transfers.moved
+        scheduler, steps = self.scheduler, max(self.counters.steps, 1)
+        waits = scheduler.waits
+        works = max(sum(waits.values()), 1)
+        figures: dict[str, Any] = {
+            "requests_live": len(scheduler.live),
+            "requests_waiting": scheduler.waiting,
+            "preemptions": scheduler.preemptions,
+            "steps": counters.steps,
+            "tokens_run": counters.tokens,
+            "tokens_generated": counters.generated,
+            "tokens_routed_on_arrival": counters.routed,
+            "tokens_from_prefix": self.pool.reused_tokens,
+            "kv_pages": self.pool.pages,
+            "kv_pages_used": self.pool.pages - self.pool.available,
+            "expert_pages": self.bank.total,
+            "expert_slots": self.residency.slots,
+            "expert_page_bytes": self.bank.page_bytes,
+            "bytes_read": pages.bytes_read,
+            "bytes_loaded": moved.bytes,
+            "bytes_prefetch": moved.prefetch_bytes,
+            "bytes_demand": moved.demand_bytes,
+            "bytes_wasted": 0,  # pages are loaded for batches that are chosen, and those are run
+            "evictions": pages.evictions,
+            "waves": pages.waves,
+            "stall_s": moved.stall_s,
+            "hit_ratio_bytes": pages.hit_ratio,
+            "hit_ratio_tokens": pages.token_hit_ratio,
+            "unique_experts_per_batch": counters.unique_experts / steps,
+            "unique_pages_per_batch": pages.pages_read / steps,
+            "requests_per_batch": sum(waits.values()) / steps,
+            "reorder_batches_mean": sum(wait * count for wait, count in waits.items()) / works,
+            "reorder_batches_max": max(waits, default=0),
+            "step_s": counters.step_s,
+            "router_share": (counters.route_s + self.runner.router_s) / max(counters.step_s, 1e-9),
+            "host_share": 1 - self.runner.device_s / max(counters.step_s, 1e-9),
+            "programs": self.runner.programs,
+            "compiles_after_start": self.runner.compiles,
+        }
+        return figures | {f"requests_{reason}": count for reason, count in counters.finished.items()}
 
     def close(self) -> None:
         """End the thread of the transfers and let the device memory go."""
