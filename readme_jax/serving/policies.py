@@ -4,12 +4,14 @@ A policy is a function of a `View` (what could run) and a `Draft` (the batch so 
 device, so the same function also tells what the batches after this one would be.
 """
 
+import bisect
 import dataclasses
 import functools
 import itertools
 import math
 import operator
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Literal
 
@@ -18,6 +20,7 @@ from readme_jax.serving.request import Request
 
 Policy = Literal["fcfs", "decode-first", "prefill-first", "longest-queue", "expert-aware"]
 
+PART = 0.25  # share of a chunk that must do with the experts of a batch for it to be cut
 PROMPTS = 8  # prompts weighed against each other for one place in a batch, the oldest: bounds the time a batch takes
 
 
@@ -33,9 +36,9 @@ class Limits:
     """Prompt tokens of one request in a batch at most."""
     max_live: int = 64
     """Requests between which a batch is chosen; those beyond wait in order of arrival."""
-    max_wait: float | None = 4.0
-    """Batches that longest-queue and expert-aware may pass a request over, as a multiple of live requests /
-    batch_requests (what taking turns would cost); none: no bound, as in the paper."""
+    max_wait: float | None = 8.0
+    """Batches that longest-queue and expert-aware may pass over a request that could run, as a multiple of live
+    requests / batch_requests, which is what strict turns cost (1: strict turns); none: no bound, as in the paper."""
 
     def __post_init__(self):
         for name in ("batch_requests", "batch_tokens", "chunk", "max_live"):
@@ -43,8 +46,16 @@ class Limits:
         for name in ("batch_requests", "chunk"):
             value = getattr(self, name)
             require(value <= self.batch_tokens, f"{name}={value} must be at most batch_tokens={self.batch_tokens}")
-        good = self.max_wait is None or self.max_wait >= 0
-        require(good, f"max_wait={self.max_wait} must be 0 or more, or none")
+        good = self.max_wait is None or self.max_wait >= 1
+        require(good, f"max_wait={self.max_wait} must be at least 1, or none")
+
+    def patience(self, live: int) -> float:
+        """Batches after which a request is urgent. Strict turns from then on keep `max_wait`.
+
+        That is exact for requests that decode. Prompts need room for a chunk besides: a batch takes batch_tokens //
+        chunk urgent ones, which may be fewer than batch_requests.
+        """
+        return math.inf if self.max_wait is None else (self.max_wait - 1) * live / self.batch_requests
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,21 +73,33 @@ class Cost:
 
 
 @functools.cache
-def only(expert: int) -> frozenset[int]:
-    """The set of one expert."""
-    return frozenset((expert,))
+def members(mask: int) -> frozenset[int]:
+    """The experts of a bit mask, which is what sets of experts are in here: bit e for expert e."""
+    return frozenset(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
 
 
-def growth(experts: list[int], start: int, end: int) -> list[tuple[int, frozenset[int]]]:
+Growth = list[tuple[int, int]]
+
+
+def growth(experts: list[int], start: int, end: int) -> Growth:
     """How the set of experts grows along experts[start:end]: (tokens that do with this set, set), smallest first."""
-    firsts = sorted((experts.index(expert, start, end), expert) for expert in set(experts[start:end]))
-    ends = [first for first, _ in firsts[1:]] + [end]
-    grown = itertools.accumulate((only(expert) for _, expert in firsts), operator.or_)
-    return [(stop - start, experts_so_far) for stop, experts_so_far in zip(ends, grown, strict=True)]
+    firsts = sorted([(experts.index(expert, start, end), expert) for expert in set(experts[start:end])])
+    grown, mask = [], 0
+    for first, expert in firsts:
+        if mask:
+            grown.append((first - start, mask))
+        mask |= 1 << expert
+    grown.append((end - start, mask))
+    return grown
+
+
+def age(request: Request) -> tuple[float, int]:
+    """What requests are ordered by, oldest first."""
+    return request.arrival, request.number
 
 
 class Draft:
-    """A batch in the making: picks (request, start, count), the room left, the experts so far.
+    """A batch in the making: picks (request, start, count), the room left, the experts so far (a mask).
 
     worth: requests brought forward, a part of a chunk counting as its share. grant(request, end, urgent): finds room
     for the keys and values of tokens before `end`; none where a batch is only imagined.
@@ -86,15 +109,17 @@ class Draft:
         self.requests, self.tokens, self.grant = limits.batch_requests, limits.batch_tokens, grant
         self.picks: list[tuple[Request, int, int]] = []
         self.taken: set[Request] = set()
-        self.experts: frozenset[int] = frozenset()
+        self.experts = 0
         self.worth = 0.0
 
 
 class View:
     """What could run next: each request's next token to compute, and the decoding ones by expert.
 
-    at: by age. number: of the batch that is formed next. patience: batches after which a request is urgent.
-    missing_bytes: of these experts' weights, what is not on the device; none: nothing is missing.
+    at: by age. number: of the batch that is formed next. patience: batches after which a request is urgent, see Limits.
+    missing_bytes: of these experts' weights, what is not on the device; none: nothing is missing. chunks: start of the
+    next chunk of prompts and `growth` along it, kept from view to view. flying: whether a batch is on the device, whose
+    requests will be back soon.
     """
 
     def __init__(
@@ -105,16 +130,19 @@ class View:
         patience: float = math.inf,
         cost: Cost | None = None,
         missing_bytes: Callable[[frozenset[int]], float] | None = None,
+        chunks: dict[Request, tuple[int, Growth]] | None = None,
+        flying: bool = False,
     ):
         self.limits, self.number, self.patience = limits, number, patience
         self.cost, self.missing_bytes = cost, missing_bytes
         self.at: dict[Request, int] = {}
         self.decodes: dict[int, list[Request]] = {}
         self.prefills: dict[Request, None] = {}
-        self.held: frozenset[int] = frozenset()  # experts of the batch before, where that is imagined
-        self._served: set[Request] = set()  # taken, and still here with the rest of a prompt
-        self._prices: dict[frozenset[int], float] = {}
-        self._growth: dict[Request, tuple[int, list[tuple[int, frozenset[int]]]]] = {}
+        self.flying = flying
+        self.held = 0  # experts of the batch before, where that is imagined
+        self._since: dict[Request, int] = {}  # of those taken that are still here with the rest of a prompt
+        self._prices: dict[int, float] = {}
+        self._chunks = {} if chunks is None else chunks
         for request in requests:
             start = request.computed + request.flying
             left = len(request.tokens) - start
@@ -128,8 +156,13 @@ class View:
                         self.decodes[expert].append(request)
                     else:
                         self.decodes[expert] = [request]
-        self._waited = iter(sorted(self.at, key=operator.attrgetter("since")) if patience < math.inf else ())
-        self._next_waited = next(self._waited, None)
+        self._waited: deque[tuple[int, Request]] = deque()  # the longest wait first
+        if patience < math.inf:
+            self._waited.extend((r.since, r) for r in sorted(self.at, key=operator.attrgetter("since")))
+
+    def since(self, request: Request) -> int:
+        """Number of the batch that could have taken it first."""
+        return self._since.get(request, request.since)
 
     def remove(self, request: Request) -> None:
         """It cannot run after all, or has nothing left to run."""
@@ -152,51 +185,67 @@ class View:
         draft.requests -= 1
         draft.tokens -= count
         draft.worth += count / min(left, self.limits.chunk)
-        if count == 1:
-            draft.experts |= only(request.experts[start])
+        if left == 1:
+            draft.experts |= 1 << request.experts[start]
         else:
-            draft.experts |= frozenset(request.experts[start : start + count])
+            draft.experts |= next(experts for stop, experts in self.chunks(request) if count <= stop)
         if count == left:
             self.remove(request)
         else:
             self.at[request] = start + count
-            self._served.add(request)
+            self._since[request] = self.number + 1
 
     def take_urgent(self, draft: Draft) -> None:
-        """Those passed over more often than `patience` allows, the longest wait first."""
-        while (request := self._next_waited) and self.number - request.since > self.patience:
-            if not draft.requests or not draft.tokens:
-                return
-            self._next_waited = next(self._waited, None)
-            if request in self.at and request not in self._served:
+        """Those passed over as often as `patience` allows, the longest wait first."""
+        waited = self._waited
+        while waited and self.number - waited[0][0] >= self.patience and draft.requests and draft.tokens:
+            since, request = waited.popleft()
+            if request in self.at and self.since(request) == since:
                 self.take(draft, request, urgent=True)
 
-    def chunks(self, request: Request) -> list[tuple[int, frozenset[int]]]:
+    def chunks(self, request: Request) -> Growth:
         """`growth` along the next chunk of a request."""
         start = self.at[request]
-        known = self._growth.get(request)
+        known = self._chunks.get(request)
         if known is None or known[0] != start:
             end = min(len(request.tokens), start + self.limits.chunk)
-            known = self._growth[request] = start, growth(request.experts, start, end)
+            known = self._chunks[request] = start, growth(request.experts, start, end)
         return known[1]
 
-    def price(self, experts: frozenset[int]) -> float:
+    def price(self, experts: int) -> float:
         """Bytes read, or time for as many, of a step with these experts."""
         price = self._prices.get(experts)
         if price is None:
-            assert self.cost is not None
-            price = self.cost.fixed_bytes + self.cost.read_bytes(experts)
-            absent = experts - self.held
-            if self.missing_bytes and absent:
-                price += self.cost.load * self.missing_bytes(absent)
-            self._prices[experts] = price
+            price = self._prices[experts] = self._run(experts) + self._load(experts)
         return price
+
+    def stalls(self, experts: int) -> bool:
+        """Whether a step with these experts would wait for their loads for longer than it runs."""
+        return self._load(experts) > self._run(experts)
+
+    def _run(self, experts: int) -> float:
+        assert self.cost is not None
+        return self.cost.fixed_bytes + self.cost.read_bytes(members(experts))
+
+    def _load(self, experts: int) -> float:
+        absent = experts & ~self.held
+        if not self.missing_bytes or not absent:
+            return 0.0
+        assert self.cost is not None
+        return self.cost.load * self.missing_bytes(members(absent))
 
     def close(self, draft: Draft) -> None:
         """The batch is done: what comes next is the one after it."""
         self.number += 1
+        self.flying = False
         self.held = draft.experts
         self._prices.clear()
+        for request in sorted(draft.taken & self.at.keys(), key=age):
+            self._waited.append((self.number, request))
+            start = self.at[request]
+            if len(request.tokens) - start == 1:  # the last token of a prompt is nothing else than a decoding step
+                del self.prefills[request]
+                bisect.insort(self.decodes.setdefault(request.experts[start], []), request, key=age)
 
 
 def _take_all(view: View, draft: Draft, requests: Iterable[Request]) -> None:
@@ -231,52 +280,67 @@ def longest_queue(view: View, draft: Draft) -> None:
     for a prompt, which attention forbids to split by expert. Without `max_wait` an expert that few ask for starves.
     """
     view.take_urgent(draft)
-    queues: dict[frozenset[int], list[Request]] = {}
-    tokens: dict[frozenset[int], int] = {}
-    for expert, requests in view.decodes.items():
-        queues[only(expert)], tokens[only(expert)] = list(requests), len(requests)
+    queues = {1 << expert: list(requests) for expert, requests in view.decodes.items() if requests}
+    tokens = {experts: len(requests) for experts, requests in queues.items()}
     for request in view.prefills:
         if request not in draft.taken:
             count, experts = view.chunks(request)[-1]
             queues.setdefault(experts, []).append(request)
             tokens[experts] = tokens.get(experts, 0) + count
-    for experts in sorted(queues, key=tokens.__getitem__, reverse=True):
+    for experts in sorted(queues, key=lambda experts: (-tokens[experts], age(queues[experts][0]))):
         _take_all(view, draft, queues[experts])
 
 
 def expert_aware(view: View, draft: Draft) -> None:
-    """Ours: what lowers the step's price per request most joins it, until nothing lowers it.
+    """Ours: the set of experts with the lowest price per request brought forward, grown while that lowers it further.
 
-    Price: bytes to read, and bytes to load as many times as the link is slower (`Cost`). A queue of one expert joins as
-    a whole; a prompt's chunk may end before any token at which its set of experts grows. What asks only for experts
-    that are in already is free, so it always joins. Those passed over too often come first whatever they cost.
+    Price: bytes to read, and bytes to load as many times as the link is slower (`Cost`). Sets weighed: those of the
+    batch so far and one more expert, or one more prompt's next chunk. Whoever asks for nothing else comes with it, the
+    longest wait first; a prompt whose chunk needs more is cut where its set grows, if a good part of it comes before.
+    Those passed over too often come first whatever they cost. While a batch is on the device, none is formed that would
+    stall: whoever comes back may go on with what is here.
     """
     view.take_urgent(draft)
-    limits = view.limits
     while draft.requests and draft.tokens:
         best = view.price(draft.experts) / draft.worth if draft.worth else math.inf
-        chosen: tuple[list[Request], int] | None = None
-        for expert, queue in view.decodes.items():
-            if queue:
-                worth = draft.worth + min(len(queue), draft.requests, draft.tokens)
-                score = view.price(draft.experts | only(expert)) / worth
-                if score < best:
-                    best, chosen = score, (queue, 1)
-        prompts = (request for request in view.prefills if request not in draft.taken)
-        for request in itertools.islice(prompts, PROMPTS):
-            whole = min(len(request.tokens) - view.at[request], limits.chunk)
-            for count, experts in view.chunks(request):
-                count = min(count, draft.tokens)
-                score = view.price(draft.experts | experts) / (draft.worth + count / whole)
-                if score < best:
-                    best, chosen = score, ([request], count)
-                if count == draft.tokens:
-                    break
-        if chosen is None:
+        queues = [(1 << expert, len(requests)) for expert, requests in view.decodes.items() if requests]
+        waiting = (request for request in view.prefills if request not in draft.taken)
+        prompts = [(request, *view.chunks(request)[-1]) for request in itertools.islice(waiting, PROMPTS)]
+        chosen = None
+        for more in sorted({expert for expert, _ in queues}.union([experts for _, _, experts in prompts])):
+            experts = draft.experts | more
+            worth, tokens = 0, draft.tokens
+            for expert, count in queues:
+                if experts & expert:
+                    worth += count
+            for _, count, asked in prompts:
+                if asked | experts == experts and tokens > 0:
+                    worth += 1
+                    tokens -= count
+            score = view.price(experts) / (draft.worth + min(worth, draft.requests))
+            if score < best:
+                best, chosen = score, experts
+        if chosen is None or not draft.picks and view.flying and view.stalls(chosen):
             return
-        for request in chosen[0][: draft.requests]:
-            if draft.tokens and request in view.at:  # else: out of tokens, or sent away for another's pages
-                view.take(draft, request, chosen[1])
+        _take_free(view, draft, chosen, [request for request, _, _ in prompts])
+
+
+def _take_free(view: View, draft: Draft, experts: int, prompts: list[Request]) -> None:
+    """Whoever asks for these experts only: whole chunks, those that decode, then parts of chunks."""
+    parts = []
+    for request in prompts:
+        if request in view.at and draft.requests and draft.tokens:
+            chunks = view.chunks(request)
+            fits = max((count for count, asked in chunks if asked | experts == experts), default=0)
+            if fits == chunks[-1][0]:
+                view.take(draft, request)
+            elif fits >= PART * chunks[-1][0]:
+                parts.append((request, fits))
+    decodes = [request for expert, queue in view.decodes.items() if experts >> expert & 1 for request in queue]
+    _take_all(view, draft, sorted(decodes, key=view.since))
+    for request, count in parts:
+        if draft.requests and draft.tokens and request in view.at:
+            view.take(draft, request, count)
 
 
 POLICIES: dict[str, Callable[[View, Draft], None]] = {
@@ -286,3 +350,4 @@ POLICIES: dict[str, Callable[[View, Draft], None]] = {
     "longest-queue": longest_queue,
     "expert-aware": expert_aware,
 }
+BOUNDED = ("longest-queue", "expert-aware")  # the policies that `Limits.max_wait` keeps from passing over for ever

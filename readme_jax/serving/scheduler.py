@@ -19,14 +19,10 @@ from typing import get_args
 
 from readme_jax.config import DataError, require
 from readme_jax.serving.pages import PagePool
-from readme_jax.serving.policies import POLICIES, Cost, Draft, Limits, Policy, View
+from readme_jax.serving.policies import BOUNDED, POLICIES, Cost, Draft, Growth, Limits, Policy, View, age, members
 from readme_jax.serving.request import Batch, Reason, Request, Work
 
 MissingBytes = Callable[[frozenset[int]], float]
-
-
-def _age(request: Request) -> tuple[float, int]:
-    return request.arrival, request.number
 
 
 class Scheduler:
@@ -49,6 +45,7 @@ class Scheduler:
         self._waiting: deque[Request] = deque()  # by age; cancelled ones stay until they are at its head
         self._waiting_count = 0
         self._flying = 0
+        self._chunks: dict[Request, tuple[int, Growth]] = {}
         self._view: View | None = None
         self._ahead: list[frozenset[int]] = []
         self._missing_bytes: MissingBytes | None = None
@@ -104,6 +101,7 @@ class Scheduler:
         else:
             self.live.remove(request)
             self._changed()
+        self._chunks.pop(request, None)
         request.state, request.reason = "finished", reason
         if not request.flying:
             self.pool.release(request.pages)
@@ -123,6 +121,7 @@ class Scheduler:
         POLICIES[self.policy](view, draft)
         self._ahead = []
         if not draft.picks:
+            view.flying = False
             return None
         view.close(draft)
         for request, _, count in draft.picks:
@@ -166,6 +165,7 @@ class Scheduler:
                     request.first_token = now
                 request.last_token = now
                 request.since = self.number
+                self._chunks.pop(request, None)
                 got.append(request)
         self._flying -= 1
         self._changed()
@@ -184,7 +184,7 @@ class Scheduler:
             if not draft.picks:
                 break
             self._view.close(draft)
-            self._ahead.append(draft.experts)
+            self._ahead.append(members(draft.experts))
         return self._ahead[:count]
 
     # ---- who may run ----------------------------------------------------------------------------
@@ -193,19 +193,20 @@ class Scheduler:
         self._view, self._ahead = None, []
 
     def _look(self) -> View:
-        wait, limits = self.limits.max_wait, self.limits
-        patience = math.inf if wait is None else wait * len(self.live) / limits.batch_requests
-        return View(self.live, limits, self.number, patience, self.cost, self._missing_bytes)
+        limits = self.limits
+        patience = limits.patience(len(self.live)) if self.policy in BOUNDED else math.inf
+        flying = self._flying > 0
+        return View(self.live, limits, self.number, patience, self.cost, self._missing_bytes, self._chunks, flying)
 
     def _wait(self, request: Request) -> None:
         """Into the waiting line, in order of age: nearly always at one of its ends."""
-        waiting, age = self._waiting, _age(request)
+        waiting, mine = self._waiting, age(request)
         self._waiting_count += 1
-        if waiting and age < _age(waiting[0]):
+        if waiting and mine < age(waiting[0]):
             waiting.appendleft(request)
             return
         place = len(waiting)
-        while place and age < _age(waiting[place - 1]):
+        while place and mine < age(waiting[place - 1]):
             place -= 1
         waiting.insert(place, request)
 
@@ -236,7 +237,7 @@ class Scheduler:
                     return
                 room -= lacking + 1
                 request.state, request.since = "running", self.number
-                bisect.insort(self.live, request, key=_age)
+                bisect.insort(self.live, request, key=age)
                 self._waiting_count -= 1
             waiting.popleft()
 
@@ -244,9 +245,9 @@ class Scheduler:
         """Prompts take over pages of their prefix that others have computed meanwhile."""
         if self.pool.reuse:
             for request in self.live:
-                held = len(request.pages) * self.pool.page_tokens
-                if request.computed == held and not request.flying and held + 1 < len(request.tokens):
-                    self._share(request)
+                if len(request.tokens) - request.computed > 1 and not request.flying:
+                    if request.computed == len(request.pages) * self.pool.page_tokens:
+                        self._share(request)
 
     def _share(self, request: Request) -> None:
         """Take over pages of the same prefix; one token at least is left to compute."""
