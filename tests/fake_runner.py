@@ -57,7 +57,7 @@ class FakeRunner:
         self.router_kv = np.full(router_pages * kv_page, EMPTY)
         self.pool = np.full((slots, 3 * bank.page, depth), np.nan, np.float32)
         self.routed = self.ran = self.programs = self.compiles = 0
-        self.device_s = self.router_s = 0.0
+        self.device_s = 0.0
 
     def compile(self, progress):
         pass

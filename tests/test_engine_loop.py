@@ -86,7 +86,8 @@ def run(engine, rng, count, cancel=0.15):
 def test_output_depends_on_no_policy(model, schedule, residency):
     rng = np.random.default_rng(SCHEDULES.index(schedule) * 4 + RESIDENCIES.index(residency))
     memory = rng.choice(["0.3x", "0.5x", "1.0x"])
-    with Engine(model, schedule=schedule, residency=residency, expert_memory=str(memory), **SMALL) as engine:
+    options = SMALL | dict(expert_memory=str(memory), batch_requests=int(rng.choice([2, 4])))
+    with Engine(model, schedule=schedule, residency=residency, **options) as engine:
         reasons = run(engine, rng, 40)
         assert {"stop", "length", "cancelled"} <= set(reasons)
         check_empty(engine)
@@ -97,7 +98,7 @@ def test_output_depends_on_no_policy(model, schedule, residency):
 def test_the_runs_above_meet_what_they_are_for(model):
     """Preemption, shared prefixes, two batches in flight, waves: none of them is left out by chance."""
     depth = []
-    options = SMALL | dict(expert_memory="0.25x", schedule="fcfs", kv_memory="40KiB", chunk=24)
+    options = SMALL | dict(expert_memory="0.25x", schedule="fcfs", batch_requests=2, chunk=24)
     with Engine(model, **options) as engine:
         step = engine.parts.runner.step
 

@@ -138,10 +138,18 @@ class Engine:
         finally:
             self.cancel(number)
 
-    def add_request(self, prompt: Prompt, sampling: SamplingParams | None = None, *, chat: bool = False) -> int:
-        """Queue a request; its id in the updates of `step`. DataError for what cannot be served."""
+    def add_request(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        *,
+        chat: bool = False,
+        arrival: float | None = None,
+    ) -> int:
+        """Queue a request; its id in the updates of `step`. arrival: seconds of the engine's clock, now if None.
+        DataError for what cannot be served."""
         sampling = sampling or SamplingParams()
-        return self._add(self._check(prompt, sampling, chat), sampling)
+        return self._add(self._check(prompt, sampling, chat), sampling, arrival)
 
     def step(self) -> list[Update]:
         """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for. Call while
@@ -204,8 +212,8 @@ class Engine:
         self.parts.check_room(len(ids) + room)
         return ids
 
-    def _add(self, prompt: list[int], sampling: SamplingParams) -> int:
-        now, number = self.clock(), next(self._ids)
+    def _add(self, prompt: list[int], sampling: SamplingParams, arrival: float | None = None) -> int:
+        now, number = self.clock() if arrival is None else arrival, next(self._ids)
         stop = frozenset(sampling.stop_tokens) | (frozenset() if sampling.ignore_eos else self.model.stop_tokens)
         requests = [Request(prompt, sampling, now, choice) for choice in range(sampling.n)]
         streams = {request: TextStream(self._decode, sampling.stop) for request in requests}
@@ -235,8 +243,8 @@ class Engine:
         start, parts = self.clock(), self.parts
         parts.route(idle=not self._flying)
         launched = False
-        # A second batch goes out before the first is back only if it is a full one: half batches that take turns read
-        # the weights twice as often.
+        # A second batch goes out before the first is back only if there is more than enough for it: half batches that
+        # take turns read the weights twice as often.
         if not self._flying or len(self._flying) < DEPTH and parts.full():
             launched = self._launch()
         if self._flying and (not launched or len(self._flying) == DEPTH or not parts.full()):

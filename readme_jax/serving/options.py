@@ -47,7 +47,7 @@ class EngineOptions:
     """Tokens of a page of keys and values."""
     expert_page: int = 0
     """Channels of an expert page; 0: by the width of the FFN."""
-    lookahead: int = 8
+    lookahead: int = 64
     """Batches ahead that the scheduler is asked for, for the eviction to see."""
     ahead: int = 4
     """Staged loads that may wait on the device; they take memory beside the budget."""

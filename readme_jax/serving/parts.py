@@ -22,6 +22,7 @@ from readme_jax.serving.scheduler import Scheduler
 from readme_jax.serving.transfers import HostRows, Transfers
 
 ROUTE_TOKENS = 4096  # prompt tokens routed in a step at most, so that a rush of arrivals does not hold up those that run
+AHEAD = 2  # batches that must be there to be chosen from for one to go out before the one before is back (docs/LOG.md)
 LOAD_SIZES = (4, 32)  # pages of a transfer; one program each
 
 
@@ -159,10 +160,11 @@ class Parts:
     # ---- a batch ----------------------------------------------------------------------------------
 
     def full(self) -> bool:
-        """Whether what could run now, beside what runs, fills a batch."""
+        """Whether what could run now, beside what runs, fills AHEAD batches."""
         limits = self.scheduler.limits
         left = [request.left for request in self.scheduler.live if request.left > 0]
-        return len(left) >= limits.batch_requests or sum(min(n, limits.chunk) for n in left) >= limits.batch_tokens
+        tokens = sum([min(count, limits.chunk) for count in left])
+        return len(left) >= AHEAD * limits.batch_requests or tokens >= AHEAD * limits.batch_tokens
 
     def launch(self, now: float) -> tuple[Batch, Any, dict] | None:
         """Choose the next batch, plan its pages and send both on their way; None when nothing can run now.
@@ -269,8 +271,9 @@ class Parts:
             "reorder_batches_mean": sum(wait * count for wait, count in waits.items()) / works,
             "reorder_batches_max": max(waits, default=0),
             "step_s": counters.step_s,
-            "router_share": (counters.route_s + self.runner.router_s) / max(counters.step_s, 1e-9),
-            "host_share": 1 - self.runner.device_s / max(counters.step_s, 1e-9),
+            "host_s": counters.host_s,
+            "route_s": counters.route_s,
+            "device_s": self.runner.device_s,
             "programs": self.runner.programs,
             "compiles_after_start": self.runner.compiles,
         }
