@@ -82,7 +82,7 @@ class Engine:
         self.options = EngineOptions(**options)
         self.model = api.load(model) if isinstance(model, str | Path) else model
         self.clock, self.recorder = clock, recorder
-        self.parts = Parts(self.model, self.options, progress)
+        self.parts = Parts(self.model, self.options, progress, recorder)
         self._decode = decoder_of(self.model.tokenizer)
         self._ids = itertools.count()
         self._asked: dict[int, _Asked] = {}
@@ -264,7 +264,7 @@ class Engine:
     def _land(self) -> None:
         """Fetch the results of the oldest batch and pass them on."""
         batch, handle, seen = self._flying.popleft()
-        results = self.parts.runner.fetch(handle)
+        results = self.parts.land(handle)
         now = self.clock()
         got = self.parts.complete(batch, results, now)
         of_request = {work.request: result for work, result in zip(batch.works, results) if result is not None}

@@ -82,7 +82,7 @@ class Counters:
 
     steps: batches. tokens: run through the layers; decode: of them, single next ones. generated: sampled. routed:
     prompt tokens routed on arrival. unique_experts: of each batch, summed. step_s, route_s: seconds in all steps, and
-    of them in routing prompts.
+    of them in routing prompts. busy_s: seconds with a batch on the device.
     """
 
     steps: int = 0
@@ -93,4 +93,5 @@ class Counters:
     unique_experts: int = 0
     step_s: float = 0.0
     route_s: float = 0.0
+    busy_s: float = 0.0
     finished: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)

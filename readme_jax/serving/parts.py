@@ -15,6 +15,7 @@ from readme_jax.serving.options import EngineOptions, memory_bytes
 from readme_jax.serving.outputs import Counters, TokenScore
 from readme_jax.serving.pages import PagePool
 from readme_jax.serving.policies import Cost, Limits
+from readme_jax.serving.recorder import Recorder
 from readme_jax.serving.request import Batch, Reason, Request
 from readme_jax.serving.residency import Residency, StepPlan
 from readme_jax.serving.runner import Runner
@@ -29,13 +30,13 @@ LOAD_SIZES = (4, 32)  # pages of a transfer; one program each
 class Parts:
     """See the module. counters: what the parts do not count themselves. context: tokens of the longest request."""
 
-    def __init__(self, model: api.Model, options: EngineOptions, progress: bool):
+    def __init__(self, model: api.Model, options: EngineOptions, progress: bool, recorder: Recorder | None):
         cfg, carved, router = model.config, model.expert_config, model.router_config
         rule = f"{model.folder}: a dense model has no experts to serve by; carve it first, or use `readme-jax generate`"
         require(carved is not None and model.experts is not None, rule)
         assert carved is not None and model.experts is not None
         require(options.context <= cfg.max_position, f"context={options.context} exceeds the model's {cfg.max_position}")
-        self.options, self.counters = options, Counters()
+        self.options, self.recorder, self.counters = options, recorder, Counters()
         self.context = options.context or cfg.max_position
         dtype = jnp.dtype(options.dtype)
         self.bank = Bank.from_table(
@@ -43,7 +44,9 @@ class Parts:
             separate=carved.storage == "separate",
         )  # fmt: skip
         budget = memory_bytes(options.expert_memory, "expert_memory", whole=self.bank.total_bytes)
-        self.residency = Residency(self.bank, budget, policy=options.residency, mode=options.mode)
+        self.residency = Residency(
+            self.bank, budget, policy=options.residency, mode=options.mode, record=recorder is not None
+        )
         self.pool = self._pool("kv_memory", 2 * cfg.layer * cfg.kv_head * cfg.head_dim * dtype.itemsize)
         self.router_pool = None if router is None else self._pool("router_memory", 8 * router.layers * router.width)
         cost = Cost(
@@ -59,11 +62,14 @@ class Parts:
         )  # fmt: skip
         self.runner.compile(progress)
         rows = HostRows(self.runner.host_weights, self.bank.order_LR, self.bank.page)
-        self.transfers = Transfers(rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead)
+        self.transfers = Transfers(
+            rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
+        )
         pages = 0 if self.router_pool is None else self.router_pool.pages
         self._expert_of = np.zeros((pages, options.kv_page), np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
+        self._busy_since: float | None = None  # when the first of the batches on the device was sent there
         self._cached: dict[Request, int | None] = {}  # of requests that have arrived: prompt tokens found in pages
 
     def _pool(self, name: str, token_bytes: int) -> PagePool:
@@ -181,7 +187,10 @@ class Parts:
             if self._cached.get(work.request, 0) is None:
                 self._cached[work.request] = min(work.start, len(work.request.prompt))
         before = dataclasses.replace(self.residency.counters)
-        plan = self.residency.plan(batch.experts, self.scheduler.upcoming(self.options.lookahead), counts)
+        future = self.scheduler.upcoming(self.options.lookahead)
+        plan = self.residency.plan(batch.experts, future, counts)
+        if self.recorder is not None:
+            self.recorder.planned.append((batch.experts, tuple(future), dict(counts)))
         loads: dict[int, list] = {}
         if plan.loads:
             for index in range(plan.passes):
@@ -195,9 +204,18 @@ class Parts:
                 self.runner.insert(load.slots, self.transfers.take(load))
 
         stall = self.transfers.moved.stall_s
+        self._busy_since = time.perf_counter() if self._busy_since is None else self._busy_since
         handle = self.runner.step(batch, plan, before_pass)
         seen = self._count(batch, counts, plan, before) | {"stall": self.transfers.moved.stall_s - stall}
         return batch, handle, seen
+
+    def land(self, handle: Any) -> list[TokenScore | None]:
+        """Results of the oldest batch on the device, one for each work: None where it samples nothing. Waits for them."""
+        results = self.runner.fetch(handle)
+        if self.scheduler.flying == 1 and self._busy_since is not None:
+            self.counters.busy_s += time.perf_counter() - self._busy_since
+            self._busy_since = None
+        return results
 
     def _count(self, batch: Batch, experts: collections.Counter[int], plan: StepPlan, before: Any) -> dict[str, Any]:
         after, counters = self.residency.counters, self.counters
@@ -271,7 +289,7 @@ class Parts:
             "reorder_batches_mean": sum(wait * count for wait, count in waits.items()) / works,
             "reorder_batches_max": max(waits, default=0),
             "step_s": counters.step_s,
-            "host_s": counters.host_s,
+            "host_share": max(0.0, 1 - counters.busy_s / counters.step_s) if counters.step_s else 0.0,
             "route_s": counters.route_s,
             "device_s": self.runner.device_s,
             "programs": self.runner.programs,

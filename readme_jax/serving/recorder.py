@@ -8,12 +8,16 @@ from readme_jax.serving.request import Request
 
 class Recorder:
     """Keeps all it is told. steps: one `report.Step` a batch. served: one `report.Served` for each request that has
-    ended. routed: for each of those the experts of its tokens, prompt first, which `traces` writes for the simulator."""
+    ended. routed: for each of those its arrival, prompt tokens and the experts of all its tokens, which `traces` writes
+    for the simulator. planned: of each batch its experts, those of the batches expected after it, and its tokens by
+    expert: all that a residency policy is told. sent: (start, end, bytes) of each transfer."""
 
     def __init__(self):
         self.steps: list[Step] = []
         self.served: list[Served] = []
-        self.routed: list[tuple[float, int, Sequence[int]]] = []  # arrival, prompt tokens, experts
+        self.routed: list[tuple[float, int, Sequence[int]]] = []
+        self.planned: list[tuple[frozenset[int], tuple[frozenset[int], ...], dict[int, int]]] = []
+        self.sent: list[tuple[float, float, int]] = []
         self._times: dict[Request, list[float]] = {}
 
     def step(self, **figures) -> None:

@@ -103,11 +103,22 @@ class Transfers:
     the program that writes it into the pool has few shapes. ahead: buffers that may wait on the device to be taken, at
     most; beside the expert budget they take ahead * sizes[-1] * page_bytes there.
 
+    sent: a list that gets (start, end, bytes) of every transfer, seconds of `time.perf_counter`.
+
     An error of the thread is raised by the next `issue` or `take`. Close it, or use it as a context.
     """
 
-    def __init__(self, host: HostRows, device: jax.Device, *, sizes: tuple[int, ...] = (4, 32), ahead: int = 4):
+    def __init__(
+        self,
+        host: HostRows,
+        device: jax.Device,
+        *,
+        sizes: tuple[int, ...] = (4, 32),
+        ahead: int = 4,
+        sent: list[tuple[float, float, int]] | None = None,
+    ):
         require(ahead >= 1, f"ahead={ahead} must be at least 1")
+        self._sent = sent
         self.host, self.sizes, self.moved = host, sizes, Moved()
         self._target = jax.sharding.SingleDeviceSharding(device)
         # DMA needs pinned memory; where the backend has it, rows go through it
@@ -193,7 +204,10 @@ class Transfers:
                         break
                     self._room -= 1
                     load = self._queue[0]
+                start = time.perf_counter()
                 load.rows = self._send(load)
+                if self._sent is not None:
+                    self._sent.append((start, time.perf_counter(), len(load.items) * self.host.page_bytes))
                 with self._changed:
                     self._queue.popleft()
                 load.done.set()
