@@ -240,7 +240,7 @@ def iter_layers(reader: Reader, cfg: ModelConfig) -> Iterator[tuple[int, dict[st
 def load_params(folder: str | Path, *, dtype: Any = None) -> tuple[Params, np.ndarray | None, Params | None]:
     """(params, experts_LEC int32 or None, router params or None) of a folder, layers stacked, as NumPy arrays.
 
-    `dtype` casts every float; None keeps the file's own. Checks the whole folder first (CheckpointError, ConfigError).
+    `dtype` casts every float of the backbone, the router then is float32; None keeps the file's own. Checks the whole folder first (CheckpointError, ConfigError).
     Peak memory: the result, and one tensor.
     """
     cfg, experts, router = read_config(folder)
@@ -248,7 +248,8 @@ def load_params(folder: str | Path, *, dtype: Any = None) -> tuple[Params, np.nd
     check(reader, cfg, experts, router)
     tree: Params = {}
     for entry in table(cfg, experts, router):
-        array = np.empty(((entry.count,) if entry.count else ()) + entry.shape, stored_dtype(reader, entry, dtype))
+        wanted = np.float32 if dtype is not None and entry.path[0] == "router" else dtype
+        array = np.empty(((entry.count,) if entry.count else ()) + entry.shape, stored_dtype(reader, entry, wanted))
         for i, name in enumerate(entry.names()):
             array[i if entry.count else ...] = entry.to_ours(reader.get(name))
         set_leaf(tree, entry.path, array)

@@ -16,12 +16,14 @@ ORDER = """
     config accelerators peers sharding distributed artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
+    models.expert_pages models.paged
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
     generation api serving serving.request serving.pages serving.policies serving.scheduler
-    serving.bank serving.eviction serving.residency serving.optimum serving.link serving.machines serving.report
+    serving.bank serving.eviction serving.residency serving.optimum serving.sampling serving.runner
+    serving.link serving.machines serving.report serving.traces serving.trace_files serving.jobs serving.simulate
     serving.text serving.options serving.outputs serving.transfers serving.recorder serving.parts serving.engine
-    export report_parts report_page report quickstart cli
+    serving.replay export report_parts report_page report quickstart cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

@@ -101,7 +101,7 @@ def _whole(w: jax.Array) -> jax.Array:
     return gather(w, jax.P(*(None,) * w.ndim), jnp.float32)
 
 
-def _run(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax.Array, theta: float, attend, carry):
+def trunk(cfg: RouterConfig, params: Params, ids_BT: jax.Array, positions_BT: jax.Array, theta: float, attend, carry):
     """The router with attention left to `attend(q, k, v, index, carry) -> (y_BTNH, carry)`; logits [B, T, E], carry."""
     head_dim = cfg.width // cfg.heads
     rope = rope_tables(positions_BT, head_dim, theta)
@@ -138,7 +138,7 @@ def logits(cfg: RouterConfig, params: Params, ids_BT: jax.Array, segments_BT: ja
     def attend(q, k, v, index, carry):
         return attention(q, k, v, mask_BTT, ATTENTION_SCALE), carry
 
-    return _run(cfg, params, ids_BT, positions(segments_BT), theta, attend, ())[0]
+    return trunk(cfg, params, ids_BT, positions(segments_BT), theta, attend, ())[0]
 
 
 def route(cfg: RouterConfig, params: Params, ids_BT: jax.Array, segments_BT: jax.Array, theta: float) -> jax.Array:
@@ -169,5 +169,5 @@ def step(
         q = jax.reshard(q, REPLICATED)  # as the cache
         return attention(q, k_all[index], v_all[index], mask_BTS, ATTENTION_SCALE), {"k": k_all, "v": v_all}
 
-    logits_BTE, cache = _run(cfg, params, ids_BT, positions_BT, theta, attend, cache)
+    logits_BTE, cache = trunk(cfg, params, ids_BT, positions_BT, theta, attend, cache)
     return jnp.argmax(logits_BTE, -1).astype(jnp.int32), cache

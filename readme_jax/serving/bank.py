@@ -21,9 +21,11 @@ CACHED_IDS = 1 << 24  # page ids kept in the cache of needs (64 MiB); then it st
 
 
 class Need(NamedTuple):
-    """Pages that a set of experts touches. items_N: int32 item ids (layer * pages + page), ascending, so layer by layer.
-    bounds: L + 1 places, layer l is items_N[bounds[l] : bounds[l + 1]]. layer_N: int32 layer of each. widest: most
-    pages of one layer."""
+    """Pages that a set of experts touches.
+
+    items_N: int32 item ids (layer * pages + page), ascending, so layer by layer. bounds: L + 1 places, layer l is
+    items_N[bounds[l] : bounds[l + 1]]. layer_N: int32 layer of each. widest: most pages of one layer.
+    """
 
     items_N: np.ndarray
     bounds: tuple[int, ...]
@@ -169,7 +171,7 @@ class Bank:
         else:
             walks = [_walk(member_EF) for member_EF in member_LEF]
             rows = -(-max(map(len, walks)) // page) * page
-            order_LR = np.stack([np.pad(walk, (0, rows - len(walk)), constant_values=-1) for walk in walks])
+            order_LR = np.stack([np.append(walk, np.full(rows - len(walk), -1, np.int32)) for walk in walks])
         member_LER = np.take_along_axis(member_LEF, np.maximum(order_LR, 0)[:, None, :], axis=2)
         member_LER &= (order_LR >= 0)[:, None, :]
         touch_LEP = member_LER.reshape(layers, experts, -1, page).any(3)

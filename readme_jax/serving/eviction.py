@@ -40,76 +40,72 @@ def farthest(
     first. A page of the step becomes a candidate once its group has run. Where no candidate is left, a page of the
     farthest later group goes (and is loaded again for it): every candidate's next use is later than that.
     """
-    count, last = len(pass_N), len(groups) - 1
-    section_K = np.repeat(np.arange(last + 1), [*np.diff(groups), len(pool_K) - count])
-    order = np.lexsort((-key_K, section_K))
+    last = len(groups) - 1
+    bounds = np.array([*groups, len(pool_K)])
+    section_K = np.repeat(np.arange(last + 1), bounds[1:] - bounds[:-1])
+    # by section, then the largest key first: keys are far below 2^50 and sections few
+    sort_K = (section_K << 50) - key_K
+    order = np.argsort(sort_K, kind="stable")
     # Pages of one section with one key form a run; a heap holds the next run of each section that is open.
-    edge = (np.diff(key_K[order], prepend=-1) != 0) | (np.diff(section_K[order], prepend=-1) != 0)
-    at = np.flatnonzero(edge)
-    run_key, run_section = key_K[order[at]].tolist(), section_K[order[at]]
+    sort_K = sort_K[order]
+    at = np.concatenate([[0], np.flatnonzero(sort_K[1:] != sort_K[:-1]) + 1])
+    order_at = order[at]
+    run_key, run_section = key_K[order_at].tolist(), section_K[order_at]
     first_run = np.searchsorted(run_section, np.arange(last + 2)).tolist()
     stop, at, order = [*at[1:].tolist(), len(order)], at.tolist(), order.tolist()
-    slots, last_pass = slots_K.tolist(), last_pass_K.tolist()
-    passes, lacking, waiting = pass_N.tolist(), [[] for _ in range(last)], absent.tolist()
-    for place, group in zip(waiting, section_K[absent].tolist()):
+    slots, lacking = slots_K.tolist(), [[] for _ in range(last)]
+    for place, group in zip(absent.tolist(), section_K[absent].tolist()):
         lacking[group].append(place)
-    heap, late = [], count - 1
+    heap, late = [], len(pass_N) - 1
     if first_run[last] < first_run[last + 1]:
         heap.append((-run_key[first_run[last]], first_run[last], last))
-    places, victims, taken, free_at = [], [], [], []
+    places, victims, early = [], [], []  # early: victims that this step has yet to read
 
     for group in range(last):
-        todo = lacking[group]
-        done = 0
+        todo, done = lacking[group], 0
         while done < len(todo):
             if empty:
-                slots[todo[done]] = empty.pop(0)
                 chosen = [-1]
+                slots[todo[done]] = empty.pop(0)
             elif heap:
                 _, run, section = heap[0]
-                k = min(len(todo) - done, stop[run] - at[run])
-                chosen = order[at[run] : at[run] + k]
-                at[run] += k
+                start = at[run]
+                chosen = order[start : min(start + len(todo) - done, stop[run])]
+                at[run] = start + len(chosen)
                 if at[run] == stop[run]:
                     if run + 1 < first_run[section + 1]:
                         heapq.heapreplace(heap, (-run_key[run + 1], run + 1, section))
                     else:
                         heapq.heappop(heap)
+                for place, victim in zip(todo[done:], chosen):
+                    slots[place] = slots[victim]
             else:
                 while slots[late] < 0:
                     late -= 1
                 chosen = [late]
+                slots[todo[done]], slots[late] = slots[late], -1
                 lacking[int(section_K[late])].append(late)
-            for victim in chosen:
-                place = todo[done]
-                if victim >= 0:
-                    slots[place] = slots[victim]
-                    slots[victim] = -1
-                    ran = victim < groups[group]
-                    free_at.append(passes[victim] if ran else last_pass[victim])
-                else:
-                    free_at.append(-1)
-                places.append(place)
-                victims.append(victim)
-                taken.append(slots[place])
-                done += 1
+                early.append(len(victims))
+            places += todo[done : done + len(chosen)]
+            victims += chosen
+            done += len(chosen)
         first = first_run[group]
         if first < first_run[group + 1]:
             heapq.heappush(heap, (-run_key[first], first, group))
-    victims = np.array(victims)
-    return (
-        np.array(places),
-        np.array(taken, np.int32),
-        np.where(victims < 0, -1, pool_K[victims]).astype(np.int32),
-        np.array(free_at, np.int64),
-    )
+    place_M, victim_M = np.array(places), np.array(victims)
+    free_at_M = np.concatenate([pass_N, last_pass_K[len(pass_N) :]])[victim_M]
+    free_at_M[early] = last_pass_K[victim_M[early]]
+    fresh_M = victim_M < 0
+    free_at_M[fresh_M] = -1
+    return place_M, np.array(slots, np.int32)[place_M], np.where(fresh_M, np.int32(-1), pool_K[victim_M]), free_at_M
 
 
 class Order:
     """Resident pages ranked by what has been read: the policies lru, lfu and random. `slots` pages fit.
 
-    lru: victim is the least recently read. lfu: read in the fewest passes since the start, resident or not; of equal
-    ones the least recently read. random: any, uniformly. Never a page of the group that is being read.
+    lru: victim is the least recently read (of one pass, what was resident before what it loaded). lfu: read in the
+    fewest passes since the start, resident or not; of equal ones the least recently read. random: any, uniformly. Never
+    a page of the group that is being read.
     """
 
     def __init__(self, policy: Literal["lru", "lfu", "random"], items: int, slots: int, seed: int):

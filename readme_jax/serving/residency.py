@@ -18,10 +18,9 @@ from readme_jax.serving.bank import Bank, Mode, Need
 Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
 MODES: tuple[Mode, ...] = ("layer", "column")
-FAR = 1 << 40  # steps: no announced step needs it
+FAR = 1 << 30  # steps: no announced step needs it
 NO_IDS, NO_PASSES = np.zeros(0, np.int32), np.zeros(0, np.int64)
 NO_LOADS = (NO_IDS, NO_IDS, NO_IDS, NO_PASSES)
-Loads = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]  # one entry a load: place or item, slot, victim, free_at
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,9 +106,9 @@ class Residency:
     farthest (Belady's rule on what is honestly known); pages that no announced step uses come first, those last used in
     the oldest step before others and of one step the highest layer (it comes round last). `lru`: least recently read.
     `lfu`: read in the fewest passes so far (ties: least recently). `random`: any, drawn from `seed`. No page of the
-    running pass is ever evicted. mode `layer`: pages of a layer may be evicted as soon as the step is past it. `column`:
-    the pages of a step, all layers, lie in the pool together (as in the paper); a step too large for that runs as in
-    mode layer. record: keep the pages of every pass (of every step, in mode column) in `accesses`, for
+    running pass is ever evicted. mode: with `layer`, pages of a layer may be evicted as soon as the step is past it;
+    with `column`, the pages of a step, all layers, lie in the pool together (as in the paper), and a step too large for
+    that runs as in mode layer. record: keep the pages of every pass (of every step, in mode column) in `accesses`, for
     `optimum.fewest_loads`. ConfigError for a budget below the least (see `Bank.slots`), an unknown policy or mode.
     """
 
@@ -174,7 +173,7 @@ class Residency:
         if self._order is None:
             found = self._farthest(items_N, slots_N, pass_N, groups, future)
         else:
-            found = self._ordered(items_N, pass_N, groups)
+            found = self._ordered(self._order, items_N, pass_N, groups)
         load, loaded = (0,) * (len(layers) + 1), NO_LOADS
         if found is not None:
             place_M, load_slots_M, victims_M, free_at_M = found
@@ -221,7 +220,8 @@ class Residency:
             count.loads += len(load_items_M)
             count.bytes_loaded += len(load_items_M) * bank.page_bytes
             count.evictions += int(np.count_nonzero(victims_M >= 0))
-            firsts = np.flatnonzero(np.diff(self._layer_of[load_items_M], prepend=-1))
+            layer_M = self._layer_of[load_items_M]
+            firsts = np.concatenate([[0], np.flatnonzero(layer_M[1:] != layer_M[:-1]) + 1])
             lacked = np.logical_or.reduceat(self._touch_IE[load_items_M], firsts, axis=0).sum(0)
             count.token_layer_hits -= sum(w * int(lacked[e]) for w, e in zip(weights, ids))
 
@@ -251,7 +251,7 @@ class Residency:
         pass_N: np.ndarray,
         groups: Sequence[int],
         future: Sequence[frozenset[int]],
-    ) -> Loads | None:
+    ) -> eviction.Loads | None:
         """Loads of a step by Belady's rule. Victims, best first: pages that the rest of this step does not need, by
         `_next_use`; then what this step needs last."""
         absent = np.flatnonzero(slots_N < 0)
@@ -287,11 +287,13 @@ class Residency:
 
     # ---- lru, lfu, random ---------------------------------------------------------------------
 
-    def _ordered(self, items_N: np.ndarray, pass_N: np.ndarray, groups: Sequence[int]) -> Loads | None:
+    def _ordered(
+        self, order: eviction.Order, items_N: np.ndarray, pass_N: np.ndarray, groups: Sequence[int]
+    ) -> eviction.Loads | None:
         items, passes = items_N.tolist(), (self.counters.passes + pass_N).tolist()
         moved, place, slots, evicted, free_at = {}, [], [], [], []
         for start, stop in zip(groups, groups[1:]):
-            for i, victim, last in self._order.read(items[start:stop], passes[start:stop]):
+            for i, victim, last in order.read(items[start:stop], passes[start:stop]):
                 if victim < 0:
                     slot = self._free.pop()
                 else:

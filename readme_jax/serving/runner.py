@@ -1,2 +1,422 @@
+"""The device side of serving: paged keys and values, expert pages in one pool, a fixed ladder of compiled programs.
+
+The only file of serving that runs model code. Layers are dispatched one by one: a page that layer l + 1 needs may be
+put into the pool while layer l runs, and a program for each shape of one layer is all there is to compile. Nothing here
+knows a request's past: a step reads what it needs of its requests when it is enqueued.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from readme_jax import hf
+from readme_jax.config import require
+from readme_jax.models import expert_pages, paged
+from readme_jax.models.expert_pages import Pages
+from readme_jax.models.paged import Cache, Rows
+from readme_jax.serving import sampling
+from readme_jax.serving.bank import Bank
+from readme_jax.serving.policies import Limits
+from readme_jax.serving.request import Batch, Request, Work
+from readme_jax.serving.residency import StepPlan
+from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh
+
+LAYER, FRESH, FIRST, COUNT = range(4)  # columns of the table of passes
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def ladder(most: int, rungs: int = 5) -> tuple[int, ...]:
+    """1 and `most` halved again and again: the batch sizes that are compiled."""
+    return tuple(sorted({1} | {-(-most // 2**i) for i in range(rungs - 1)}))
+
+
+def chunks(most: int) -> tuple[int, ...]:
+    """Lengths of the pieces of prompts that are compiled."""
+    return tuple(sorted({-(-most // 4**i) for i in range(3)} - {1})) or (2,)
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+    """Rows of a step that run together. works: their places in the batch. rows, last_B: on the device. flat_2Z: items
+    and slots of all passes one after another; table: for each L passes, int32 [L, 4] by the columns above. live: whether
+    a pass has anything to do here."""
+
+    works: tuple[int, ...]
+    shape: tuple[int, int]
+    rows: Rows
+    last_B: jax.Array
+    flat_2Z: jax.Array
+    tables: tuple[jax.Array, ...]
+    live: list[bool]
+    draw: tuple[Any, ...] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Flight:
+    """A step on the device: for each segment that samples, its works' places in the batch and what was drawn."""
+
+    size: int
+    asked: tuple[bool, ...]
+    drawn: tuple[tuple[tuple[int, ...], jax.Array, sampling.Drawn], ...]
+    best: tuple[int, ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Pass:
+    """Which pages a pass reads: see `Segment`."""
+
+    flat_2Z: jax.Array
+    table_L4: jax.Array
+    at: jax.Array
+
+
 class Runner:
-    """Placeholder until the branch is merged."""
+    """A carved model on one device, its experts in a pool of `slots` pages.
+
+    folder: a model folder. bank: its pages. kv_pages, router_pages: pages of keys and values, `kv_page` positions each,
+    of the backbone (in every layer) and of the router. limits: give the ladder of shapes. context: longest row.
+    load_sizes: pages that `insert` takes at a time. The weights outside the pool are on the device when this returns.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        bank: Bank,
+        *,
+        slots: int,
+        kv_pages: int,
+        kv_page: int,
+        router_pages: int,
+        limits: Limits,
+        context: int,
+        dtype: str = "float32",
+        load_sizes: Sequence[int] = (4, 32),
+    ):
+        self.cfg, expert_config, self.router_cfg = hf.read_config(Path(folder))
+        require(expert_config is not None, f"{folder}: a dense model has no experts to serve")
+        params, table_LEC, router_params = hf.load_params(folder, dtype=jnp.dtype(dtype))
+        assert table_LEC is not None
+        self.bank, self.kv_page, self.context, self.dtype = bank, kv_page, context, jnp.dtype(dtype)
+        self.load_sizes, self.slots = tuple(sorted(load_sizes)), slots
+        self.rungs, self.lengths = ladder(limits.batch_requests), chunks(limits.chunk)
+        self.width = -(-context // kv_page)
+        self.kv_slots, self.router_slots = kv_pages * kv_page, router_pages * kv_page
+        self.bytes_read = self.compiles = 0
+        self.device_s = 0.0
+        self._programs: dict[Any, Any] = {}
+        self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
+        self._mesh = make_mesh(MeshConfig(data=1))
+        self._place = jax.NamedSharding(self._mesh, REPLICATED)
+        self.device = self._mesh.devices.item()
+        self._load(params, table_LEC, router_params)
+
+    # ---- what lies on the device ------------------------------------------------------------------
+
+    def _load(self, params: dict[str, Any], table_LEC: np.ndarray, router_params: Any) -> None:
+        cfg, bank, layers = self.cfg, self.bank, params["layers"]
+        self.host_weights = layers["w_gate"], layers["w_up"], layers["w_down"]
+        pool_SQD = np.zeros((self.slots, 3 * bank.page, cfg.embed), self.dtype)
+        bias_I2R = expert_pages.host_biases(layers, bank.order_LR, bank.page) if cfg.mlp_bias else None
+        member_IER = expert_pages.membership(table_LEC, bank.order_LR, bank.page)
+        put = self._put
+        self._pages = Pages(put(pool_SQD), put(expert_pages.member_bits(member_IER)), put(bias_I2R))
+        self._top = put({name: w for name, w in params.items() if name != "layers"})
+        self._layers = [put(paged.layer_weights(cfg, layers, index, self.dtype)) for index in range(cfg.layer)]
+        self._windows = put(np.array(cfg.windows, np.int32)) if any(cfg.windows) else None
+        shape = (self.kv_slots, cfg.kv_head, cfg.head_dim)
+        self._caches = [Cache(*put((np.zeros(shape, self.dtype),) * 2)) for _ in range(cfg.layer)]
+        self._router = self._router_cache = None
+        if self.router_cfg is not None:
+            heads, width = self.router_cfg.heads, self.router_cfg.width
+            shape = (self.router_cfg.layers * self.router_slots, heads, width // heads)
+            self._router = put(jax.tree.map(lambda w: w.astype(np.float32), router_params))
+            self._router_cache = Cache(*put((np.zeros(shape, np.float32),) * 2))
+        self._index = [put(np.int32(i)) for i in range(cfg.layer)]
+        self._start, self._silent = {}, {}
+        for b, t in self.shapes:
+            stream = (np.zeros((b, t, cfg.embed), self.dtype),) * 2
+            self._start[b, t] = put(stream)
+            nothing = np.full((b, self.context), cfg.vocab, np.int32), np.zeros((b, self.context), np.int32)
+            self._silent[b] = put(sampling.History(*nothing)) if b not in self._silent else self._silent[b]
+        self._layer_bytes = sum(w.nbytes for w in jax.tree.leaves(self._layers[0]))
+        self._head_bytes = self._top.get("head", self._top["embedding"]).nbytes
+
+    def _put(self, tree: Any) -> Any:
+        return jax.device_put(tree, self._place)
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """(rows, tokens) of the segments that are compiled."""
+        return [(b, 1) for b in self.rungs] + [(1, t) for t in self.lengths]
+
+    @property
+    def programs(self) -> int:
+        """Compiled programs."""
+        return len(self._programs)
+
+    # ---- programs ---------------------------------------------------------------------------------
+
+    def _layer_program(self, weights, embedding, cache, stream, rows, pages, which: _Pass, windows):
+        entry_4 = which.table_L4[which.at]
+        first, count = entry_4[FIRST], entry_4[COUNT]
+        item_N, slot_N = jax.lax.dynamic_slice(which.flat_2Z, (0, first), (2, self.bank.pages))
+        fresh = entry_4[FRESH] > 0
+        return paged.layer(
+            self.cfg,
+            weights,
+            embedding,
+            cache,
+            stream,
+            rows,
+            pages,
+            (slot_N, item_N, count),
+            None if windows is None else windows[entry_4[LAYER]],
+            start=fresh & (entry_4[LAYER] == 0),
+            fresh=fresh,
+            page=self.kv_page,
+        )
+
+    def _finish_program(self, top, router, router_cache, x_BTD, last_B, draw, history, rows):
+        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
+        drawn = sampling.sample(paged.logits(self.cfg, top, x_BD), draw, history)
+        expert_B = jnp.zeros_like(drawn.token_B)
+        if router is not None:
+            rows = dataclasses.replace(rows, ids_BT=drawn.token_B[:, None])
+            expert_BT, router_cache = self._route(router, router_cache, rows)
+            expert_B = expert_BT[:, 0]
+        return jnp.stack([drawn.token_B, expert_B]), drawn, router_cache
+
+    def _route(self, router, cache, rows):
+        assert self.router_cfg is not None
+        return paged.route(self.router_cfg, router, cache, rows, self.cfg.rope_theta, page=self.kv_page)
+
+    def _insert_program(self, pool_SQD, new_MQD, slot_M):
+        return pool_SQD.at[slot_M].set(new_MQD, mode="drop")
+
+    def _host_rows(self, b: int, t: int) -> Rows:
+        zeros_BT = np.zeros((b, t), np.int32)
+        table_BW = np.zeros((b, self.width), np.int32)
+        return Rows(zeros_BT, zeros_BT.copy(), zeros_BT.copy(), np.full((b, t), 2**30, np.int32), table_BW)  # pyright: ignore
+
+    def _jobs(self) -> list[tuple[Any, Callable, tuple, tuple[int, ...]]]:
+        """(key, function, arguments, donated) of every program."""
+        flat_2Z = np.zeros((2, self.bank.items + self.bank.pages), np.int32)
+        which = self._put(_Pass(flat_2Z, np.zeros((self.cfg.layer, 4), np.int32), np.int32(0)))  # pyright: ignore
+        jobs: list[tuple[Any, Callable, tuple, tuple[int, ...]]] = []
+        for b, t in self.shapes:
+            rows, stream = self._put(self._host_rows(b, t)), self._start[b, t]
+            layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
+            jobs.append((("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
+            last_B, draw = self._put((np.zeros(b, np.int32), sampling.host_rows([None] * b)))
+            new = self._put(self._host_rows(b, 1))
+            finish = (self._top, self._router, self._router_cache, stream[0], last_B, draw, self._silent[b], new)
+            jobs.append((("finish", b, t), self._finish_program, finish, (2,)))
+            if t > 1 and self._router is not None:
+                jobs.append((("route", 1, t), self._route, (self._router, self._router_cache, rows), (1,)))
+        for size in self.load_sizes:
+            pool_SQD = self._pages.pool_SQD
+            new = self._put((np.zeros((size, *pool_SQD.shape[1:]), self.dtype), np.zeros(size, np.int32)))
+            jobs.append((("insert", size), self._insert_program, (pool_SQD, *new), (0,)))
+        return jobs
+
+    def compile(self, progress: bool = True) -> None:
+        """Compile every program ahead, with a bar on a terminal; then nothing is traced or compiled any more.
+
+        Programs come from JAX's persistent cache where one is configured.
+        """
+        jobs = self._jobs()
+        with jax.set_mesh(self._mesh):
+            for key, function, arguments, donated in tqdm(jobs, "compile", unit="program", disable=not progress or None):
+                if key not in self._programs:
+                    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+                    self._programs[key] = lowered.compile()
+        runner = self
+
+        def count(event: str, _: float, **__) -> None:
+            runner.compiles += event == COMPILED
+
+        self._count = count
+        jax.monitoring.register_event_duration_secs_listener(count)
+
+    def close(self) -> None:
+        """Give the device memory back."""
+        if hasattr(self, "_count"):
+            with contextlib.suppress(AssertionError, ValueError):
+                jax.monitoring.unregister_event_duration_listener(self._count)
+        for name in ("_pages", "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
+            for array in jax.tree.leaves(self.__dict__.pop(name, None)):
+                array.delete()
+
+    # ---- experts on arrival -----------------------------------------------------------------------
+
+    def _table(self, pages: Sequence[int]) -> np.ndarray:
+        table_W = np.zeros(self.width, np.int32)
+        table_W[: len(pages)] = pages[: self.width]
+        return table_W
+
+    def _slots_of(self, table_W: np.ndarray, start: int, count: int) -> np.ndarray:
+        position_T = np.arange(start, start + count)
+        return table_W[position_T // self.kv_page] * self.kv_page + position_T % self.kv_page
+
+    def _fit(self, count: int) -> int:
+        """The shortest compiled length for a piece of a prompt."""
+        return next((t for t in self.lengths if t >= count), self.lengths[-1])
+
+    def _fill(self, rows: Rows, row: int, ids: Sequence[int], start: int, table_W: np.ndarray, past: int) -> None:
+        """A row of `count` new tokens; what is left of it repeats the last position and is written nowhere."""
+        count = len(ids)
+        rows.ids_BT[row, :count] = ids
+        rows.position_BT[row] = np.minimum(np.arange(start, start + rows.ids_BT.shape[1]), start + count - 1)
+        rows.write_BT[row] = past
+        rows.write_BT[row, :count] = self._slots_of(table_W, start, count)
+        rows.table_BW[row] = table_W
+
+    def route(self, tokens: Sequence[int], first: int, router_pages: Sequence[int]) -> Any:
+        """Enqueue the router on known tokens, the first of them at position `first`; see `fetch_experts`."""
+        if self._router is None:
+            return len(tokens)
+        out, table_W = [], self._table(router_pages)
+        for start in range(0, len(tokens), self.lengths[-1]):
+            ids = tokens[start : start + self.lengths[-1]]
+            t = self._fit(len(ids))
+            rows = self._host_rows(1, t)
+            self._fill(rows, 0, ids, first + start, table_W, self.router_slots)
+            program = self._programs["route", 1, t]
+            expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(rows))
+            out.append((len(ids), expert_BT))
+        return out
+
+    def fetch_experts(self, handle: Any) -> list[int]:
+        """Expert of each token of a `route`, waiting for it."""
+        if isinstance(handle, int):
+            return [0] * handle
+        began = time.perf_counter()
+        fetched = jax.device_get([expert_BT for _, expert_BT in handle])
+        self.device_s += time.perf_counter() - began
+        return [e for (count, _), expert_BT in zip(handle, fetched) for e in expert_BT[0, :count].tolist()]
+
+    # ---- steps ------------------------------------------------------------------------------------
+
+    def insert(self, slots: np.ndarray, pages_MQD: jax.Array) -> None:
+        """Enqueue the first len(slots) of `pages_MQD` into these slots of the pool, after all that is enqueued."""
+        size = len(pages_MQD)
+        slot_M = np.full(size, self.slots, np.int32)
+        slot_M[: len(slots)] = slots
+        pool_SQD = self._programs["insert", size](self._pages.pool_SQD, pages_MQD, self._put(slot_M))
+        self._pages = dataclasses.replace(self._pages, pool_SQD=pool_SQD)
+
+    def _segments(self, batch: Batch) -> list[tuple[tuple[int, int], list[int]]]:
+        """(shape, places in the batch) of the segments of a batch: single tokens together, pieces of prompts apart."""
+        single = [i for i, work in enumerate(batch.works) if work.count == 1]
+        out = []
+        for start in range(0, len(single), self.rungs[-1]):
+            part = single[start : start + self.rungs[-1]]
+            out.append(((next(b for b in self.rungs if b >= len(part)), 1), part))
+        for i, work in enumerate(batch.works):
+            if work.count > 1:
+                require(work.count <= self.lengths[-1], f"{work.count} tokens exceed the longest chunk {self.lengths}")
+                out.append(((1, self._fit(work.count)), [i]))
+        return out
+
+    def _passes(self, works: Sequence[Work], plan: StepPlan) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
+        """Of a plan's passes, the pages that the experts of these works touch: what a segment uploads."""
+        experts = sorted(frozenset().union(*(work.experts for work in works)))
+        mine = np.flatnonzero(self._touch_IE[plan.items][:, experts].any(1))
+        flat_2Z = np.zeros((2, self.bank.items + self.bank.pages), np.int32)
+        flat_2Z[:, : len(mine)] = plan.items[mine], plan.slots[mine]
+        bounds = np.searchsorted(mine, np.asarray(plan.read))
+        layers, depth = np.asarray(plan.layers, np.int32), self.cfg.layer
+        table = np.zeros((-(-len(layers) // depth) * depth, 4), np.int32)
+        rows = table[: len(layers)]
+        rows[:, LAYER], rows[:, FIRST], rows[:, COUNT] = layers, bounds[:-1], np.diff(bounds)
+        rows[:, FRESH] = np.diff(layers, prepend=-1) != 0
+        live = ((rows[:, FRESH] > 0) | (rows[:, COUNT] > 0)).tolist()
+        self.bytes_read += int(rows[:, COUNT].sum()) * self.bank.page_bytes + depth * self._layer_bytes
+        return flat_2Z, list(table.reshape(-1, depth, 4)), live
+
+    def _segment(self, batch: Batch, plan: StepPlan, shape: tuple[int, int], places: list[int]) -> Segment:
+        b, t = shape
+        works = [batch.works[i] for i in places]
+        rows, last_B = self._host_rows(b, t), np.zeros(b, np.int32)
+        new, asked = self._host_rows(b, 1), [None] * b
+        asked: list[Request | None]
+        for row, work in enumerate(works):
+            request, end = work.request, work.start + work.count
+            self._fill(rows, row, request.tokens[work.start : end], work.start, self._table(request.pages), self.kv_slots)
+            rows.expert_BT[row, : work.count] = request.experts[work.start : end]
+            last_B[row] = work.count - 1
+            if work.samples:
+                asked[row] = request
+                if self._router is not None:
+                    self._fill(new, row, [0], end, self._table(request.router_pages), self.router_slots)
+        flat_2Z, tables, live = self._passes(works, plan)
+        kv = 2 * self.cfg.layer * self.cfg.kv_head * self.cfg.head_dim * self.dtype.itemsize
+        self.bytes_read += kv * sum(work.start + work.count for work in works)
+        rows, last_B, flat_2Z, tables = self._put((rows, last_B, flat_2Z, tuple(tables)))
+        draw = None
+        if any(asked):
+            self.bytes_read += self._head_bytes
+            history = sampling.host_history(asked, self.context, self.cfg.vocab)
+            draw = self._put((sampling.host_rows(asked), new))
+            draw = (draw[0], self._silent[b] if history is None else self._put(history), draw[1])
+        return Segment(tuple(places), shape, rows, last_B, flat_2Z, tables, live, draw)
+
+    def step(self, batch: Batch, plan: StepPlan, before_pass: Callable[[int], None] | None = None) -> Flight:
+        """Enqueue a step: every pass of the plan for every segment of the batch, then sampling and the router.
+
+        before_pass(n) is called just before pass n is enqueued, to put its pages into the pool.
+        """
+        segments = [self._segment(batch, plan, *part) for part in self._segments(batch)]
+        streams = [self._start[segment.shape] for segment in segments]
+        depth, embedding = self.cfg.layer, self._top["embedding"]
+        for n, layer in enumerate(plan.layers):
+            if before_pass is not None:
+                before_pass(n)
+            for s, segment in enumerate(segments):
+                if not segment.live[n]:
+                    continue
+                which = _Pass(segment.flat_2Z, segment.tables[n // depth], self._index[n % depth])
+                streams[s], self._caches[layer] = self._programs["layer", *segment.shape](
+                    self._layers[layer],
+                    embedding,
+                    self._caches[layer],
+                    streams[s],
+                    segment.rows,
+                    self._pages,
+                    which,
+                    self._windows,
+                )
+        drawn = []
+        for segment, stream in zip(segments, streams):
+            if segment.draw is not None:
+                pair_2B, rest, self._router_cache = self._programs["finish", *segment.shape](
+                    self._top, self._router, self._router_cache, stream[0], segment.last_B, *segment.draw
+                )
+                drawn.append((segment.works, pair_2B, rest))
+        samples = tuple(work.samples for work in batch.works)
+        wanted = [work.request.sampling.logprobs for work in batch.works]
+        return Flight(len(samples), samples, tuple(drawn), tuple(-1 if n is None else n for n in wanted))
+
+    def fetch(self, flight: Flight) -> list[sampling.Score | None]:
+        """What each work of a step drew, None where it did not sample: the one place that waits for the device."""
+        began = time.perf_counter()
+        wanted = [any(flight.best[i] >= 0 for i in works) for works, _, _ in flight.drawn]
+        fetched = jax.device_get([(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)])
+        self.device_s += time.perf_counter() - began
+        out: list[sampling.Score | None] = [None] * flight.size
+        for (works, _, _), (pair_2B, rest) in zip(flight.drawn, fetched):
+            for row, i in enumerate(works):
+                if flight.asked[i]:
+                    most = flight.best[i]
+                    out[i] = sampling.score(pair_2B[:, row], rest, row, most)
+        return out

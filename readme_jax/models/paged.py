@@ -1,0 +1,248 @@
+"""Backbone and router over paged keys and values: one layer, or the router, for a segment of B rows x T tokens.
+
+A page holds the keys and values of P consecutive positions of one row; pages of a layer lie in one array, in any order,
+and a row's table names its pages by position. Attention runs over blocks of pages with an online softmax (Milakov and
+Gimelshein 2018), so the trip count follows from the longest row and one program serves every context length.
+
+Everything lies on one device. Letters beside those of `layers`: S = pages * P slots of a layer's keys, W pages of a row's
+table, A slots of a block, O = (N + 2 K) H outputs of the joint projection.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from readme_jax.config import ModelConfig, RouterConfig
+from readme_jax.models import expert_pages, router
+from readme_jax.models.backbone import Params, head_weight
+from readme_jax.models.expert_pages import Pages
+from readme_jax.models.layers import apply_rope, rms_norm, rope_tables
+from readme_jax.sharding import REPLICATED
+
+DECODE_BLOCK, PREFILL_BLOCK = 64, 128  # keys of one step of the attention's loop
+JOINT_HEADS = 8  # up to this many key heads, one product serves all of them when decoding
+NEVER = -1e30
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """B rows of T new tokens: what a segment of a step is about.
+
+    ids_BT, position_BT, expert_BT: int32 of each token. write_BT: int32 slot (page * P + offset) of each token's keys
+    and values; a slot past the pool is written nowhere, which is what padding names. table_BW: int32 pages of a row by
+    position, any page where the row has none yet.
+    """
+
+    ids_BT: jax.Array
+    position_BT: jax.Array
+    expert_BT: jax.Array
+    write_BT: jax.Array
+    table_BW: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Cache:
+    """Keys and values [S, K, H] of one layer, or of all layers of the router one after another."""
+
+    k_SKH: jax.Array
+    v_SKH: jax.Array
+
+
+def layer_weights(cfg: ModelConfig, layers: Params, index: int, dtype) -> Params:
+    """One layer's host weights outside its pages, as `layer` reads them: w_qkv [D, O], w_o [N * H, D], b_qkv, vectors.
+
+    One product for queries, keys and values, and the input's axis first: on CPU 5 times as fast for one row as three
+    products with [N, H, D] (docs/LOG.md).
+    """
+    layer = {name: w[index] for name, w in layers.items() if name not in expert_pages.PAGED}
+    d = cfg.embed
+    joint_OD = np.concatenate([layer.pop(name).reshape(-1, d) for name in ("w_q", "w_k", "w_v")])
+    out = {"w_qkv": joint_OD.T, "w_o": layer.pop("w_o").reshape(d, -1).T}
+    if cfg.qkv_bias:
+        out["b_qkv"] = np.concatenate([layer.pop(name).reshape(-1) for name in ("b_q", "b_k", "b_v")])
+    return {name: np.ascontiguousarray(w, dtype) for name, w in (out | layer).items()}
+
+
+def write(cache: Cache, write_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Array) -> Cache:
+    """Store new keys and values in their slots."""
+    at_M = write_BT.reshape(-1)
+
+    def put(old_SKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_MKH = new_BTKH.reshape(-1, *new_BTKH.shape[2:]).astype(old_SKH.dtype)
+        return old_SKH.at[at_M].set(new_MKH, mode="drop")
+
+    return Cache(put(cache.k_SKH, k_BTKH), put(cache.v_SKH, v_BTKH))
+
+
+def attention(
+    q_BTNH: jax.Array,
+    cache: Cache,
+    table_BW: jax.Array,
+    position_BT: jax.Array,
+    window: jax.Array | None,
+    *,
+    page: int,
+    scale: float,
+) -> jax.Array:
+    """Causal grouped-query attention over the pages, softmax in float32; [B, T, N, H] in the dtype of q.
+
+    window: int32 scalar, keys a query sees back from its own position (0: all); None when no layer has one.
+    """
+    (b, t, n, h), kv = q_BTNH.shape, cache.k_SKH.shape[1]
+    if t > 1 or not 1 < kv <= JOINT_HEADS:
+        q_BKMH = q_BTNH.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
+        y_BKMH = _attend(q_BKMH, cache, table_BW, position_BT, window, page, scale, PREFILL_BLOCK)
+        return y_BKMH.reshape(b, kv, n // kv, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    # One row of queries a head: the keys are read as they lie, all heads side by side, by queries that are zero outside
+    # their own head. The products with zeros cost less than a transpose of the keys.
+    own_KK = jnp.eye(kv, dtype=q_BTNH.dtype)
+    q_BKGH = q_BTNH.reshape(b, kv, n // kv, h)
+    q_B1NC = jnp.einsum("bkgh,kj->bkgjh", q_BKGH, own_KK).reshape(b, 1, n, kv * h)
+    joint = Cache(cache.k_SKH.reshape(-1, 1, kv * h), cache.v_SKH.reshape(-1, 1, kv * h))
+    y_B1NC = _attend(q_B1NC, joint, table_BW, position_BT, window, page, scale, DECODE_BLOCK)
+    y_BKGKH = y_B1NC.reshape(b, kv, n // kv, kv, h)
+    return jnp.einsum("bkgkh->bkgh", y_BKGKH).reshape(b, t, n, h)
+
+
+def _attend(
+    q_BKMH: jax.Array, cache: Cache, table_BW: jax.Array, position_BT: jax.Array, window, page: int, scale, block: int
+) -> jax.Array:
+    """`attention` of M = G * T query rows of each key head, queries of a group side by side."""
+    (b, kv, m, h), t = q_BKMH.shape, position_BT.shape[1]
+    wide = min(max(block // page, 1), table_BW.shape[1])
+    block = wide * page
+    table_BW = jnp.pad(table_BW, ((0, 0), (0, -table_BW.shape[1] % wide)))
+
+    def keys(pool_SKH: jax.Array, page_BW: jax.Array) -> jax.Array:
+        """[B, K, A, H] of a block's pages."""
+        pages = pool_SKH.reshape(-1, page, kv, h)[page_BW]
+        return pages.reshape(b, block, kv, h).transpose(0, 2, 1, 3).astype(q_BKMH.dtype)
+
+    def body(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
+        most_BKM, sum_BKM, y_BKMH = state
+        page_BW = jax.lax.dynamic_slice(table_BW, (0, i * wide), (b, wide))
+        k_BKAH, v_BKAH = keys(cache.k_SKH, page_BW), keys(cache.v_SKH, page_BW)
+        score_BKMA = jnp.einsum("bkmh,bkah->bkma", q_BKMH, k_BKAH, preferred_element_type=jnp.float32) * scale
+        back_BTA = position_BT[:, :, None] - (i * block + jnp.arange(block, dtype=jnp.int32))
+        seen_BTA = back_BTA >= 0
+        if window is not None:
+            seen_BTA &= (back_BTA < window) | (window == 0)
+        score_BKGTA = score_BKMA.reshape(b, kv, m // t, t, block)
+        score_BKGTA = jnp.where(seen_BTA[:, None, None], score_BKGTA, jnp.float32(NEVER))
+        score_BKMA = score_BKGTA.reshape(b, kv, m, block)
+        new_BKM = jnp.maximum(most_BKM, jnp.max(score_BKMA, -1))
+        weight_BKMA = jnp.exp(score_BKMA - new_BKM[..., None])
+        fade_BKM = jnp.exp(most_BKM - new_BKM)
+        y_BKMH = y_BKMH * fade_BKM[..., None] + jnp.einsum(
+            "bkma,bkah->bkmh", weight_BKMA.astype(v_BKAH.dtype), v_BKAH, preferred_element_type=jnp.float32
+        )
+        return new_BKM, sum_BKM * fade_BKM + jnp.sum(weight_BKMA, -1), y_BKMH
+
+    # NEVER, not -inf: a block in which a row sees nothing then fades to nothing, and not to NaN
+    shape = (b, kv, m)
+    start = (jnp.full(shape, NEVER, jnp.float32), jnp.zeros(shape, jnp.float32), jnp.zeros(q_BKMH.shape, jnp.float32))
+    first = jnp.int32(0)
+    if window is not None:
+        first = jnp.where(window > 0, jnp.maximum(jnp.min(position_BT) - window + 1, 0) // block, 0)
+    _, sum_BKM, y_BKMH = jax.lax.fori_loop(first, jnp.max(position_BT) // block + 1, body, start)
+    return (y_BKMH / sum_BKM[..., None]).astype(q_BKMH.dtype)
+
+
+def _mix(cfg: ModelConfig, weights: Params, cache: Cache, x_BTD: jax.Array, rows: Rows, window, page: int):
+    """The attention half of a layer: (residual with the output bias of the FFN, its norm for the FFN), cache."""
+    b, t, d = x_BTD.shape
+    n, kv, h = cfg.head, cfg.kv_head, cfg.head_dim
+    y_MO = rms_norm(x_BTD, weights["attn_norm"], cfg.norm_eps).reshape(b * t, d) @ weights["w_qkv"]
+    if cfg.qkv_bias:
+        y_MO += weights["b_qkv"]
+    q, k, v = (y.reshape(b, t, -1, h) for y in jnp.split(y_MO, (n * h, (n + kv) * h), axis=1))
+    if cfg.qk_norm:
+        q, k = rms_norm(q, weights["q_norm"], cfg.norm_eps), rms_norm(k, weights["k_norm"], cfg.norm_eps)
+    rope = rope_tables(rows.position_BT, h, cfg.rope_theta, cfg.rope_scaling)
+    cache = write(cache, rows.write_BT, apply_rope(k, rope), v)
+    y_BTNH = attention(
+        apply_rope(q, rope), cache, rows.table_BW, rows.position_BT, window, page=page, scale=h**-0.5
+    )
+    x_BTD += (y_BTNH.reshape(b * t, n * h) @ weights["w_o"]).reshape(b, t, d)
+    if cfg.out_bias:
+        x_BTD += weights["b_o"]
+    normed_BTD = rms_norm(x_BTD, weights["mlp_norm"], cfg.norm_eps)
+    return (x_BTD + weights["b_down"] if cfg.mlp_bias else x_BTD, normed_BTD), cache
+
+
+def layer(
+    cfg: ModelConfig,
+    weights: Params,
+    embedding_VD: jax.Array,
+    cache: Cache,
+    stream: tuple[jax.Array, jax.Array],
+    rows: Rows,
+    pages: Pages,
+    listed: tuple[jax.Array, jax.Array, jax.Array],
+    window: jax.Array | None,
+    *,
+    start: jax.Array,
+    fresh: jax.Array,
+    page: int,
+) -> tuple[tuple[jax.Array, jax.Array], Cache]:
+    """One layer, or one more pass over its FFN. stream: (residual [B, T, D], its norm for the FFN).
+
+    listed: (slots [N], items [N], count) of the pages that this pass reads. start: the first layer, which takes the
+    tokens' embedding for the residual. fresh: attention first; else the pages only, on the norm that the layer's first
+    pass left: a layer whose pages do not fit in the pool is run in parts.
+    """
+    with jax.named_scope("attention"):
+
+        def first_pass(x_BTD: jax.Array, _, cache: Cache):
+            x_BTD = jnp.where(start, embedding_VD[rows.ids_BT].astype(x_BTD.dtype), x_BTD)
+            return _mix(cfg, weights, cache, x_BTD, rows, window, page)
+
+        def later_pass(x_BTD: jax.Array, normed_BTD: jax.Array, cache: Cache):
+            return (x_BTD, normed_BTD), cache
+
+        (x_BTD, normed_BTD), cache = jax.lax.cond(fresh, first_pass, later_pass, *stream, cache)
+    with jax.named_scope("experts"):
+        x_MD = normed_BTD.reshape(-1, x_BTD.shape[-1])
+        y_MD = expert_pages.ffn(x_MD, pages, *listed, rows.expert_BT.reshape(-1))
+    return (x_BTD + y_MD.reshape(x_BTD.shape), normed_BTD), cache
+
+
+def logits(cfg: ModelConfig, params: Params, x_BD: jax.Array) -> jax.Array:
+    """float32 [B, V] of the residual stream after the last layer."""
+    x_BD = rms_norm(x_BD, params["norm"], cfg.norm_eps)
+    w_VD = head_weight(params)
+    return jnp.einsum("vd,bd->vb", w_VD.astype(x_BD.dtype), x_BD, preferred_element_type=jnp.float32).T
+
+
+def route(
+    cfg: RouterConfig, params: Params, cache: Cache, rows: Rows, theta: float, *, page: int
+) -> tuple[jax.Array, Cache]:
+    """The router on B rows of T tokens: int32 experts [B, T] and its cache. rows.expert_BT is not looked at.
+
+    The cache holds the router's layers one after another: slots of layer l begin at l * S / layers.
+    """
+    slots = cache.k_SKH.shape[0] // cfg.layers
+    past = rows.write_BT >= slots
+
+    def attend(q, k, v, index, cache):
+        place = jax.typeof(q).sharding.spec
+        q, k, v = jax.reshard((q, k, v), REPLICATED)
+        at_BT = jnp.where(past, cache.k_SKH.shape[0], rows.write_BT + index * slots)
+        cache = write(cache, at_BT, k, v)
+        y_BTNH = attention(
+            q,
+            cache,
+            rows.table_BW + index * (slots // page),
+            rows.position_BT,
+            None,
+            page=page,
+            scale=router.ATTENTION_SCALE,
+        )
+        return jax.reshard(y_BTNH, place), cache
+
+    logits_BTE, cache = router.trunk(cfg, params, rows.ids_BT, rows.position_BT, theta, attend, cache)
+    return jax.reshard(jnp.argmax(logits_BTE, -1).astype(jnp.int32), REPLICATED), cache
