@@ -8,7 +8,7 @@ import hashlib
 import jax
 import numpy as np
 
-from readme_jax.serving.outputs import TokenScore
+from readme_jax.serving.sampling import Score
 
 VOCAB = 384
 EXPERTS = 5
@@ -124,7 +124,7 @@ class FakeRunner:
                 if len(self.router_kv):
                     self._write(self.router_kv, request.router_pages, end, [token])
                     expert = expert_of(self._read(self.router_kv, request.router_pages, end + 1))
-                results[-1] = TokenScore(token, expert, 0.0)
+                results[-1] = Score(token, expert, 0.0, ())
         return results
 
     def fetch(self, handle):

@@ -19,10 +19,11 @@ from typing import Any
 from readme_jax import api
 from readme_jax.config import DataError, require
 from readme_jax.serving.options import EngineOptions
-from readme_jax.serving.outputs import Choice, Completion, TokenScore, Update, Usage
+from readme_jax.serving.outputs import Choice, Completion, Update, Usage
 from readme_jax.serving.parts import Parts
 from readme_jax.serving.recorder import Recorder
 from readme_jax.serving.request import Batch, Reason, Request, SamplingParams
+from readme_jax.serving.sampling import Score
 from readme_jax.serving.text import TextStream, decoder_of
 
 Prompt = str | Sequence[int]
@@ -273,7 +274,7 @@ class Engine:
         if self.recorder is not None:
             self.recorder.step(**seen, end=now)
 
-    def _token(self, request: Request, result: TokenScore) -> None:
+    def _token(self, request: Request, result: Score) -> None:
         """A request has a new token: text, and whether it ends."""
         asked = self._of[request]
         stream, sampling, token = asked.open[request], asked.sampling, result.token

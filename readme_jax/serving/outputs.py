@@ -4,17 +4,7 @@ import collections
 import dataclasses
 
 from readme_jax.serving.request import Reason
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class TokenScore:
-    """A sampled token, the expert that it will run, its log-probability (natural, of the model before temperature and
-    filters) and those of the best tokens where asked for."""
-
-    token: int
-    expert: int
-    logprob: float
-    best: tuple[tuple[int, float], ...] = ()
+from readme_jax.serving.sampling import Score
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -42,7 +32,7 @@ class Update:
     choice: int
     text: str
     tokens: tuple[int, ...]
-    scores: tuple[TokenScore, ...] = ()
+    scores: tuple[Score, ...] = ()
     reason: Reason | None = None
     usage: Usage | None = None
 
@@ -55,7 +45,7 @@ class Choice:
     tokens: list[int]
     reason: Reason
     usage: Usage
-    scores: list[TokenScore] | None = None
+    scores: list[Score] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -12,13 +12,14 @@ from readme_jax import api
 from readme_jax.config import DataError, require
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.options import EngineOptions, memory_bytes
-from readme_jax.serving.outputs import Counters, TokenScore
+from readme_jax.serving.outputs import Counters
 from readme_jax.serving.pages import PagePool
 from readme_jax.serving.policies import Cost, Limits
 from readme_jax.serving.recorder import Recorder
 from readme_jax.serving.request import Batch, Reason, Request
 from readme_jax.serving.residency import Residency, StepPlan
 from readme_jax.serving.runner import Runner
+from readme_jax.serving.sampling import Score
 from readme_jax.serving.scheduler import Scheduler
 from readme_jax.serving.transfers import HostRows, Transfers
 
@@ -209,7 +210,7 @@ class Parts:
         seen = self._count(batch, counts, plan, before) | {"stall": self.transfers.moved.stall_s - stall}
         return batch, handle, seen
 
-    def land(self, handle: Any) -> list[TokenScore | None]:
+    def land(self, handle: Any) -> list[Score | None]:
         """Results of the oldest batch on the device, one for each work: None where it samples nothing. Waits for them."""
         results = self.runner.fetch(handle)
         if self.scheduler.flying == 1 and self._busy_since is not None:
@@ -238,7 +239,7 @@ class Parts:
             "waves": max(collections.Counter(plan.layers).values()),
         }
 
-    def complete(self, batch: Batch, results: list[TokenScore | None], now: float) -> list[Request]:
+    def complete(self, batch: Batch, results: list[Score | None], now: float) -> list[Request]:
         """Hand the results of a batch to the scheduler; the requests that got a token."""
         pairs = [None if result is None else (result.token, result.expert) for result in results]
         got = self.scheduler.complete(batch, pairs, now)

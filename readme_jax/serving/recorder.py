@@ -1,21 +1,25 @@
 """What an engine tells about its steps and requests, kept for figures and for routing traces."""
 
-from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+
+import numpy as np
 
 from readme_jax.serving.report import Served, Step
 from readme_jax.serving.request import Request
+from readme_jax.serving.trace_files import RoutingRecorder
+from readme_jax.serving.traces import RoutedRequest
 
 
 class Recorder:
     """Keeps all it is told. steps: one `report.Step` a batch. served: one `report.Served` for each request that has
-    ended. routed: for each of those its arrival, prompt tokens and the experts of all its tokens, which `traces` writes
-    for the simulator. planned: of each batch its experts, those of the batches expected after it, and its tokens by
+    ended. routed: the experts of those that got a token. planned: of each batch its experts, those of the batches expected after it, and its tokens by
     expert: all that a residency policy is told. sent: (start, end, bytes) of each transfer."""
 
     def __init__(self):
         self.steps: list[Step] = []
         self.served: list[Served] = []
-        self.routed: list[tuple[float, int, Sequence[int]]] = []
+        self.routed: list[RoutedRequest] = []
         self.planned: list[tuple[frozenset[int], tuple[frozenset[int], ...], dict[int, int]]] = []
         self.sent: list[tuple[float, float, int]] = []
         self._times: dict[Request, list[float]] = {}
@@ -38,4 +42,14 @@ class Recorder:
                 request.preempted,
             )  # fmt: skip
         )
-        self.routed.append((request.arrival, len(request.prompt), request.experts))
+        if len(request.experts) > len(request.prompt):
+            experts_T, prompt = np.array(request.experts, np.int16), len(request.prompt)
+            self.routed.append(RoutedRequest(request.arrival, experts_T[:prompt], experts_T[prompt:]))
+
+    def write_routing(self, path: str | Path, experts: int) -> None:
+        """The routing trace of the requests so far, for `readme-jax simulate`; the first arrives at 0 s. experts: of the
+        model."""
+        first = min((routed.arrival for routed in self.routed), default=0.0)
+        with RoutingRecorder(path, experts) as file:
+            for routed in sorted(self.routed, key=lambda routed: routed.arrival):
+                file.write(dataclasses.replace(routed, arrival=routed.arrival - first))
