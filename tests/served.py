@@ -10,6 +10,7 @@ import tiny
 from readme_jax import hf
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.models import router
+from readme_jax.serving.runner import Runner
 
 LAYERS, EMBED, MLP = 4, 32, 64
 EXPERTS, CHANNELS = 5, 32
@@ -44,3 +45,33 @@ def write(folder: Path, *, storage: str = "tied", routed: bool = True, experts: 
     with hf.Writer(folder) as writer:
         hf.save_params(writer, cfg, params, table_LEC.astype(np.int32), gate)
     return folder
+
+
+class Shared:
+    """A runner that many engines use one after the other, so that its programs are compiled once.
+
+    Its pool has room for all pages, of which an engine's budget uses some. What earlier engines left in pool and pages
+    stays there, as in an engine that has served for long.
+    """
+
+    def __init__(self, **largest):
+        self._runner, self._largest = None, largest
+
+    def __call__(self, folder, bank, **options):
+        if self._runner is None:
+            self._runner = Runner(folder, bank, **options | self._largest | {"slots": bank.total})
+            self._runner.compile(False)
+        return self
+
+    def __getattr__(self, name):
+        return getattr(self._runner, name)
+
+    def compile(self, progress):
+        pass
+
+    def close(self):
+        pass
+
+    def end(self):
+        if self._runner is not None:
+            self._runner.close()
