@@ -93,7 +93,7 @@ def portable(
 ) -> jax.Array:
     """`ffn` in plain JAX: a loop over blocks of pages whose trip count follows from `count`."""
     (m, d), group = x_MD.shape, min(block_pages(x_MD.shape[0]), slot_N.shape[0])
-    rows = pages.pool_SQD.shape[1] // 3
+    rows, nobody = pages.pool_SQD.shape[1] // 3, pages.member_IRW.shape[0] - 1
 
     def take(slot_G: jax.Array, first: int, size: int) -> jax.Array:
         """[G * size, D]: these rows of each page."""
@@ -108,6 +108,8 @@ def portable(
         # `dynamic_slice` would move the last block back: padding makes the lists whole blocks
         slot_G = jax.lax.dynamic_slice(slot_N, (i * group,), (group,))
         item_G = jax.lax.dynamic_slice(item_N, (i * group,), (group,))
+        # what the list holds past `count` may be pages of another pass
+        item_G = jnp.where(i * group + jnp.arange(group) < count, item_G, nobody)
         wide_MG2R = jnp.einsum("md,cd->mc", x_MD, take(slot_G, 0, 2 * rows)).reshape(m, group, 2, rows)
         if pages.bias_I2R is not None:
             wide_MG2R += pages.bias_I2R[item_G].astype(x_MD.dtype)
@@ -117,7 +119,6 @@ def portable(
         return y_MD + jnp.matmul(h_MGR.reshape(m, -1), w_CD, preferred_element_type=jnp.float32)
 
     spare = -slot_N.shape[0] % group
-    nobody = pages.member_IRW.shape[0] - 1
     slot_N, item_N = jnp.pad(slot_N, (0, spare)), jnp.pad(item_N, (0, spare), constant_values=nobody)
     y_MD = jax.lax.fori_loop(0, -(-count // group), body, jnp.zeros((m, d), jnp.float32))
     return y_MD.astype(x_MD.dtype)
