@@ -20,6 +20,7 @@ from readme_jax.serving.request import Request
 
 Policy = Literal["fcfs", "decode-first", "prefill-first", "longest-queue", "expert-aware"]
 
+_SINCE = operator.attrgetter("since")
 PART = 0.25  # share of a chunk that must do with the experts of a batch for it to be cut
 PROMPTS = 8  # prompts weighed against each other for one place in a batch, the oldest: bounds the time a batch takes
 
@@ -72,7 +73,7 @@ class Cost:
     load: float = 16.0
 
 
-@functools.cache
+@functools.lru_cache(1 << 14)
 def members(mask: int) -> frozenset[int]:
     """The experts of a bit mask, which is what sets of experts are in here: bit e for expert e."""
     return frozenset(expert for expert in range(mask.bit_length()) if mask >> expert & 1)
@@ -156,9 +157,8 @@ class View:
                         self.decodes[expert].append(request)
                     else:
                         self.decodes[expert] = [request]
-        self._waited: deque[tuple[int, Request]] = deque()  # the longest wait first
-        if patience < math.inf:
-            self._waited.extend((r.since, r) for r in sorted(self.at, key=operator.attrgetter("since")))
+        self._waited = deque(sorted(self.at, key=_SINCE) if patience < math.inf else ())  # the longest wait first
+        self._again: deque[Request] = deque()  # of _since, in order; all later than _waited
 
     def since(self, request: Request) -> int:
         """Number of the batch that could have taken it first."""
@@ -197,11 +197,15 @@ class View:
 
     def take_urgent(self, draft: Draft) -> None:
         """Those passed over as often as `patience` allows, the longest wait first."""
-        waited = self._waited
-        while waited and self.number - waited[0][0] >= self.patience and draft.requests and draft.tokens:
-            since, request = waited.popleft()
-            if request in self.at and self.since(request) == since:
-                self.take(draft, request, urgent=True)
+        for line in (self._waited, self._again):
+            while line and draft.requests and draft.tokens:
+                request = line[0]
+                gone = request not in self.at or (request in self._since) != (line is self._again)
+                if not gone and self.number - self.since(request) < self.patience:
+                    return
+                line.popleft()
+                if not gone:
+                    self.take(draft, request, urgent=True)
 
     def chunks(self, request: Request) -> Growth:
         """`growth` along the next chunk of a request."""
@@ -241,7 +245,9 @@ class View:
         self.held = draft.experts
         self._prices.clear()
         for request in sorted(draft.taken & self.at.keys(), key=age):
-            self._waited.append((self.number, request))
+            if request in self._again:
+                self._again.remove(request)
+            self._again.append(request)
             start = self.at[request]
             if len(request.tokens) - start == 1:  # the last token of a prompt is nothing else than a decoding step
                 del self.prefills[request]

@@ -264,6 +264,8 @@ class Scheduler:
         neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
         """
         pool, place = self.pool, len(self.live) - 1
+        if end <= len(request.pages) * pool.page_tokens:
+            return True
         while pool.lacking(request.pages, end) > pool.available:
             while place >= 0 and (victim := self.live[place]) is not request:
                 if victim.pages and not victim.flying and victim not in draft.taken:
