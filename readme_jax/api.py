@@ -28,12 +28,17 @@ class Model:
     was carved, None when dense or without a router. tokenizer: the folder's, loaded when first used.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, weights: bool = True):
         self.folder = folder
         self.config: ModelConfig
         self.expert_config: ExpertConfig | None
         self.router_config: RouterConfig | None
         self.config, self.expert_config, self.router_config = hf.read_config(folder)
+        if not weights:
+            reader = hf.Reader(folder)
+            hf.check(reader, self.config, self.expert_config, self.router_config)
+            self.experts = None if self.expert_config is None else np.array(reader.get("readme.experts"))
+            return
         self._mesh = make_mesh(MeshConfig(data=1))
         params, self.experts, router_params = hf.load_params(folder, dtype=np.float32)
         with jax.set_mesh(self._mesh):
@@ -185,12 +190,16 @@ def _logits(cfg, router_cfg, weights, ids_BT, segments_BT):
     return backbone.unembed(weights["params"], x_BTD)
 
 
-def load(path_or_name: str | Path) -> Model:
-    """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package."""
+def load(path_or_name: str | Path, *, weights: bool = True) -> Model:
+    """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package.
+
+    weights False: only what there is to know of it (configs, expert table, tokenizer), checked, for an engine, which
+    places the weights its own way; nothing can be computed with it.
+    """
     folder = sources.resolve_model(str(path_or_name))
     model_config, experts, router_config = hf.read_config(folder)
     if experts is not None and experts.experts > 1 and router_config is None:
         raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
     if (folder / artifacts.MANIFEST).is_file():
         artifacts.verify(folder, hashes="changed")
-    return Model(folder)
+    return Model(folder, weights)

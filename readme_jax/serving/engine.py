@@ -81,7 +81,7 @@ class Engine:
         for name in options:
             require(name in known, f"{name}: no such option of Engine; known: {', '.join(sorted(known))}")
         self.options = EngineOptions(**options)
-        self.model = api.load(model) if isinstance(model, str | Path) else model
+        self.model = api.load(model, weights=False) if isinstance(model, str | Path) else model
         self.clock, self.recorder = clock, recorder
         self.parts = Parts(self.model, self.options, progress, recorder)
         self._decode = decoder_of(self.model.tokenizer)

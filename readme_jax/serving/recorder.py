@@ -9,19 +9,20 @@ from readme_jax.serving.report import Served, Step
 from readme_jax.serving.request import Request
 from readme_jax.serving.trace_files import RoutingRecorder
 from readme_jax.serving.traces import RoutedRequest
+from readme_jax.serving.transfers import Sent
 
 
 class Recorder:
     """Keeps all it is told. steps: one `report.Step` a batch. served: one `report.Served` for each request that has
     ended. routed: the experts of those that got a token. planned: of each batch its experts, those of the batches expected after it, and its tokens by
-    expert: all that a residency policy is told. sent: (start, end, bytes) of each transfer."""
+    expert: all that a residency policy is told. sent: each transfer."""
 
     def __init__(self):
         self.steps: list[Step] = []
         self.served: list[Served] = []
         self.routed: list[RoutedRequest] = []
         self.planned: list[tuple[frozenset[int], tuple[frozenset[int], ...], dict[int, int]]] = []
-        self.sent: list[tuple[float, float, int]] = []
+        self.sent: list[Sent] = []
         self._times: dict[Request, list[float]] = {}
 
     def step(self, **figures) -> None:

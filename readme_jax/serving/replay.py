@@ -2,8 +2,10 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from readme_jax import artifacts
 from readme_jax.config import DataError, require
 from readme_jax.serving import report
 from readme_jax.serving.bank import Bank
@@ -14,6 +16,15 @@ from readme_jax.serving.recorder import Recorder
 from readme_jax.serving.request import SamplingParams
 from readme_jax.serving.residency import Mode, Residency
 from readme_jax.serving.traces import TraceRequest
+
+
+def data_folder(model: Path) -> Path | None:
+    """The `data` folder that a result of `alternate` names, if it is there; None for other models."""
+    if not (model / artifacts.MANIFEST).is_file():
+        return None
+    named = artifacts.read_manifest(model)["config"].get("data")
+    places = [Path(named), model.parent / Path(named).name] if isinstance(named, str) else []
+    return next((place for place in places if (place / artifacts.MANIFEST).is_file()), None)
 
 
 def replay(engine: Engine, trace: Sequence[TraceRequest], bar: Any = None) -> float:

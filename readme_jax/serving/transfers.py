@@ -10,6 +10,7 @@ import collections
 import dataclasses
 import threading
 import time
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -17,6 +18,14 @@ import numpy as np
 from readme_jax.config import require
 
 ALIGNMENT = 64  # bytes
+
+
+class Sent(NamedTuple):
+    """A transfer: when it began and was on the device, in seconds of `time.perf_counter`, and its bytes."""
+
+    start: float
+    end: float
+    bytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,7 +112,7 @@ class Transfers:
     the program that writes it into the pool has few shapes. ahead: buffers that may wait on the device to be taken, at
     most; beside the expert budget they take ahead * sizes[-1] * page_bytes there.
 
-    sent: a list that gets (start, end, bytes) of every transfer, seconds of `time.perf_counter`.
+    sent: a list that gets every transfer.
 
     An error of the thread is raised by the next `issue` or `take`. Close it, or use it as a context.
     """
@@ -115,7 +124,7 @@ class Transfers:
         *,
         sizes: tuple[int, ...] = (4, 32),
         ahead: int = 4,
-        sent: list[tuple[float, float, int]] | None = None,
+        sent: list[Sent] | None = None,
     ):
         require(ahead >= 1, f"ahead={ahead} must be at least 1")
         self._sent = sent
@@ -207,7 +216,8 @@ class Transfers:
                 start = time.perf_counter()
                 load.rows = self._send(load)
                 if self._sent is not None:
-                    self._sent.append((start, time.perf_counter(), len(load.items) * self.host.page_bytes))
+                    size = len(load.items) * self.host.page_bytes
+                    self._sent.append(Sent(start, time.perf_counter(), size))
                 with self._changed:
                     self._queue.popleft()
                 load.done.set()
