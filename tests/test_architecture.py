@@ -20,10 +20,11 @@ ORDER = """
     statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
     abstract jaxprs liveness planning
     generation api serving serving.request serving.pages serving.policies serving.scheduler
-    serving.bank serving.eviction serving.residency serving.optimum serving.sampling serving.runner
-    serving.link serving.machines serving.report serving.traces serving.trace_files serving.jobs serving.simulate
-    serving.text serving.options serving.outputs serving.transfers serving.recorder serving.parts serving.engine
-    serving.replay export report_parts report_page report quickstart cli
+    serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
+    serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
+    serving.sampling serving.runner
+    serving.text serving.outputs serving.transfers serving.recorder serving.parts serving.engine serving.replay
+    export report_parts report_page report quickstart cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

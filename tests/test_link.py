@@ -62,16 +62,36 @@ def test_a_load_behind_time_is_an_error():
         VirtualLink(bandwidth=0)
 
 
-def test_neighbours_travel_together_up_to_a_size():
+def test_an_earlier_deadline_goes_between_two_parts():
+    link = VirtualLink(bandwidth=1.0, latency=0.5, part=2, keep=True)
+    link.issue([Load(7, 5)], now=0.0)
+    link.issue([Load(4, 3)], now=3.0)  # the part that is under way ends at 4.5
+    assert link.ready(4, 3.0) == 8.0
+    assert link.ready(7, 8.0) == 9.5  # one unit is left, with a latency of its own
+    assert [(t.load.due, t.start, t.end, t.size) for t in link.transfers] == [
+        (7, 0.0, 4.5, 4), (4, 4.5, 8.0, 3), (7, 8.0, 9.5, 1),
+    ]  # fmt: skip
+    assert link.moved == 8 and link.busy == 9.5
+
+
+def test_going_on_with_a_load_costs_no_latency():
+    link = VirtualLink(bandwidth=1.0, latency=0.5, part=2)
+    link.issue([Load(1, 6)], now=0.0)
+    for now in (1.0, 2.5, 3.0):
+        link.issue([Load(2, 1)], now)
+    assert link.ready(1, 3.0) == 6.5
+    assert link.ready(2, 6.5) == 11.0
+
+
+def test_neighbours_travel_together():
     items, slots = np.arange(7, dtype=np.int32), np.arange(10, 17, dtype=np.int32)
     after = np.array([FREE, FREE, 1, 1, 1, FREE, FREE])
-    loads = batched(4, items, slots, after, page_bytes=8, most=16)
-    assert [(load.items.tolist(), load.after, load.size) for load in loads] == [
-        ([0, 1], FREE, 16), ([2, 3], 1, 16), ([4], 1, 8), ([5, 6], FREE, 16),
+    loads = batched(4, items, slots, after, 8)
+    assert [(load.items.tolist(), load.after, load.size, load.due) for load in loads] == [
+        ([0, 1], FREE, 16, 4), ([2, 3, 4], 1, 24, 4), ([5, 6], FREE, 16, 4),
     ]  # fmt: skip
     assert np.concatenate([load.slots for load in loads]).tolist() == slots.tolist()
-    assert len(batched(4, items, slots, after, page_bytes=8, most=1)) == 7
-    assert batched(4, items[:0], slots[:0], after[:0], page_bytes=8, most=16) == []
+    assert batched(4, items[:0], slots[:0], after[:0], 8) == []
 
 
 # ---- the optimum ----------------------------------------------------------------------------------
@@ -137,13 +157,13 @@ def test_the_optimum_is_the_best_of_all_schedules(seed):
     assert best.stall == best.end - sum(compute for row in case for compute, _ in row)
 
 
-def play(case, latency=0.0, split=1, on_demand=False):
-    """The virtual link under the same case: (stall, end, link). Loads go in parts of 1 / split."""
-    link, clock, stall, layers = VirtualLink(1.0, latency, keep=True), 0.0, 0.0, len(case[0])
+def play(case, part=256, on_demand=False):
+    """The virtual link under the same case, 64 bytes a unit, in parts of `part` bytes: (stall, end, link)."""
+    link, clock, stall, layers = VirtualLink(64.0, part=part, keep=True), 0.0, 0.0, len(case[0])
 
     def issue(step, layer, now):
         for after, n in case[step][layer][1]:
-            link.issue([Load(step * layers + layer, n / split, after) for _ in range(split)], now)
+            link.issue([Load(step * layers + layer, 64 * n, after)], now)
 
     for step, row in enumerate(case):
         if not on_demand:
@@ -165,13 +185,13 @@ def test_the_link_is_no_better_than_the_optimum_and_near_it(seed):
     case = draw(np.random.default_rng(seed), steps=6, layers=3, most=30)
     best = optimum(case)
     stall, end, link = play(case)
-    fine, _, _ = play(case, split=64)
+    fine, _, _ = play(case, part=1)
     demand, late, _ = play(case, on_demand=True)
     assert best.stall - 1e-9 <= min(stall, fine) and stall <= demand + 1e-9
     assert fine - best.stall <= 1 / 16  # what is left is that a part is not interrupted
     assert best.end <= end + 1e-9 and end <= late + 1e-9
     assert hidden_share(link.busy, stall, best.stall) <= 1 + 1e-9
-    assert link.moved == sum(n for row in case for _, loads in row for _, n in loads)
+    assert link.moved == 64 * sum(n for row in case for _, loads in row for _, n in loads)
 
 
 def test_the_link_never_rests_beside_a_released_load():

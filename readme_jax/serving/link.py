@@ -12,6 +12,7 @@ committed are issued, so no byte is moved on a guess.
 import dataclasses
 import heapq
 import itertools
+import math
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -37,46 +38,46 @@ class Load:
     slots: Sequence[int] | np.ndarray = ()
 
 
-def batched(
-    due: int, items: np.ndarray, slots: np.ndarray, after: np.ndarray, *, page_bytes: int, most: int
-) -> list[Load]:
-    """The loads of one pass as transfers: neighbours that wait for the same pass together, at most `most` bytes each.
+def batched(due: int, items: np.ndarray, slots: np.ndarray, after: np.ndarray, page_bytes: int) -> list[Load]:
+    """The loads of one pass, neighbours that wait for the same pass together.
 
     items, slots int32 [N], after int64 [N] (`StepPlan.loads_of`), in the order in which they must be carried out, which
-    is kept. A page larger than `most` travels alone.
+    is kept.
     """
-    limit, loads, begin = max(1, most // page_bytes), [], 0
     waits = after.tolist()
-    for end in range(1, len(items) + 1):
-        if end == len(items) or end - begin == limit or waits[end] != waits[begin]:
-            part = slice(begin, end)
-            loads.append(Load(due, (end - begin) * page_bytes, waits[begin], items[part], slots[part]))
-            begin = end
-    return loads
+    bounds = [0, *[i for i in range(1, len(waits)) if waits[i] != waits[i - 1]], len(waits)]
+    return [
+        Load(due, (end - begin) * page_bytes, waits[begin], items[begin:end], slots[begin:end])
+        for begin, end in zip(bounds, bounds[1:])
+        if begin < end
+    ]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Transfer:
-    """A load that was carried out: when it might have begun, when it did, when it was there. Seconds."""
+    """A load, or part of one, that was carried out: when it might have begun, when it began and ended, in seconds."""
 
     load: Load
     released: float
     start: float
     end: float
+    size: int
 
 
 class VirtualLink:
-    """One transfer at a time: a latency, then bytes at a bandwidth. Preemption only between transfers.
+    """One transfer at a time: a latency, then bytes at a bandwidth.
 
-    Of the loads that are released (issued, and their slots free) the one with the earliest deadline goes first. The
-    clock is the caller's: times passed in must not go back. busy: seconds under way, moved: bytes, count: transfers.
+    Of the loads that are released (issued, and their slots free) the one with the earliest deadline goes first. A load
+    moves in parts of `part` bytes: what has an earlier deadline goes between two of them, never within one. The clock
+    is the caller's: times passed in must not go back. busy: seconds under way, moved: bytes, count: transfers.
     """
 
-    def __init__(self, bandwidth: float, latency: float = 0.0, *, keep: bool = False):
+    def __init__(self, bandwidth: float, latency: float = 0.0, *, part: int = 1 << 62, keep: bool = False):
         """bandwidth bytes/s. latency s a transfer. keep: remember every `Transfer` (for timelines) in `transfers`."""
         require(bandwidth > 0, f"bandwidth={bandwidth} must be positive")
         require(latency >= 0, f"latency={latency} must not be negative")
-        self.bandwidth, self.latency = bandwidth, latency
+        require(part >= 1, f"part={part} must be at least 1")
+        self.bandwidth, self.latency, self.part = bandwidth, latency, part
         self.busy, self.moved, self.count = 0.0, 0, 0
         self.transfers: list[Transfer] | None = [] if keep else None
         self._clear = 0.0  # when the transfer under way ends
@@ -87,6 +88,8 @@ class VirtualLink:
         self._open: dict[int, int] = {}  # loads of a pass that have not begun
         self._arrival: dict[int, float] = {}
         self._done = -1  # the last pass that has run
+        self._last = -1  # number of the load that moved last: going on with it costs no latency
+        self._left: dict[int, int] = {}  # bytes left of loads that were cut, by number
 
     def seconds(self, size: int) -> float:
         """What a transfer of `size` bytes takes."""
@@ -125,7 +128,7 @@ class VirtualLink:
     def _run(self, until: float) -> None:
         """Begin every transfer that begins before `until`."""
         while self._begins() < until:
-            self._next()
+            self._next(until)
 
     def _begins(self) -> float:
         """When the next transfer begins, as far as is known."""
@@ -133,20 +136,29 @@ class VirtualLink:
             return self._clear
         return max(self._clear, self._coming[0][0]) if self._coming else float("inf")
 
-    def _next(self) -> None:
-        """Carry out one transfer."""
+    def _next(self, until: float = float("inf")) -> None:
+        """Move the most urgent load, up to the first end of a part at or after `until`, or after another's release."""
         start = self._begins()
         while self._coming and self._coming[0][0] <= start:
             released, due, number, load = heapq.heappop(self._coming)
             heapq.heappush(self._released, (due, number, released, load))
-        due, _, released, load = heapq.heappop(self._released)
-        took = self.seconds(load.size)
-        self._clear = start + took
-        self._open[due] -= 1
-        self._arrival[due] = self._clear
-        self.busy, self.moved, self.count = self.busy + took, self.moved + load.size, self.count + 1
+        due, number, released, load = self._released[0]
+        size = left = self._left.get(number, load.size)
+        begun = start + (0.0 if number == self._last else self.latency)
+        until = min(until, self._coming[0][0]) if self._coming else until
+        if left > self.part and begun + left / self.bandwidth > until:
+            size = min(left, self.part * max(1, math.ceil((until - begun) * self.bandwidth / self.part)))
+        self._clear, self._last = begun + size / self.bandwidth, number
+        if size < left:
+            self._left[number] = left - size
+        else:
+            heapq.heappop(self._released)
+            self._left.pop(number, None)
+            self._open[due] -= 1
+            self._arrival[due] = self._clear
+        self.busy, self.moved, self.count = self.busy + self._clear - start, self.moved + size, self.count + 1
         if self.transfers is not None:
-            self.transfers.append(Transfer(load, released, start, self._clear))
+            self.transfers.append(Transfer(load, released, start, self._clear, size))
 
 
 # ---- the best that any link could do --------------------------------------------------------------
@@ -179,7 +191,8 @@ class Optimum:
     ) -> None:
         """One step, its passes counted from `first`: compute seconds and loads (after, seconds) of each.
 
-        tail: seconds of compute behind the last pass. decided: when its batch was committed, in seconds (float); or the pass (int) that was about to begin then.
+        tail: seconds of compute behind the last pass. decided: when its batch was committed, in seconds (float); or the
+        pass (int) that was about to begin then.
         """
         moment = decided if isinstance(decided, float) else self._begins[decided]
         self._forget(moment, first)
@@ -222,4 +235,4 @@ def hidden_share(busy: float, stall: float, least_stall: float) -> float:
 
     busy: seconds that the link was under way. stall: seconds that compute waited for it. least_stall: `Optimum.stall`.
     """
-    return (busy - stall) / (busy - least_stall) if busy > least_stall else 1.0
+    return max(0.0, busy - stall) / (busy - least_stall) if busy > least_stall else 1.0

@@ -26,8 +26,8 @@ class Machine:
     """Host to device, bytes/s."""
     link_share: float = 0.8
     """Share of the link's peak that large copies from pinned memory reach: 24 to 26 of 31.5 GB/s is usual on PCIe 4."""
-    latency: float = 20e-6
-    """Seconds from asking for a transfer until its first byte moves."""
+    latency: float = 5e-6
+    """Seconds that the link rests before a transfer, also one that stands in a queue."""
     flops_share: float = 0.5
     """Share of peak arithmetic that prefill reaches."""
     memory_share: float = 0.8

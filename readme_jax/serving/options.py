@@ -80,7 +80,9 @@ class EngineOptions:
 def memory_bytes(value: str | int, name: str, whole: int | None = None) -> int:
     """Bytes of `2GiB`, `500MB`, a number, or, with `whole` bytes to take a share of, `0.5x`. ConfigError names the rule."""
     shares = whole is not None
-    rule = f"{name}={value!r} must be a size such as 2GiB, 500MB or a number of bytes" + (", or a share such as 0.5x" * shares)
+    rule = f"{name}={value!r} must be a size such as 2GiB, 500MB or a number of bytes" + (
+        ", or a share such as 0.5x" * shares
+    )
     require(isinstance(value, str | int) and not isinstance(value, bool), rule)
     found = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([a-z]*)\s*", str(value).lower())
     require(found is not None, rule)

@@ -14,7 +14,6 @@ import numpy as np
 
 from readme_jax.config import require
 from readme_jax.serving.bank import Bank
-from readme_jax.serving.jobs import Job
 from readme_jax.serving.link import Load, Optimum, VirtualLink, batched
 from readme_jax.serving.machines import Costs, Rows
 from readme_jax.serving.pages import PagePool
@@ -24,6 +23,7 @@ from readme_jax.serving.request import Batch, Request, SamplingParams
 from readme_jax.serving.residency import Mode, Residency, StepPlan
 from readme_jax.serving.residency import Policy as ResidencyPolicy
 from readme_jax.serving.scheduler import Scheduler
+from readme_jax.serving.traces import RoutedRequest
 
 Transfer = Literal["on-demand", "layer-ahead", "prefetch"]
 TRANSFERS: tuple[Transfer, ...] = ("on-demand", "layer-ahead", "prefetch")
@@ -44,17 +44,18 @@ class Serving:
     prefetch: as soon as the batch is chosen."""
     limits: Limits = Limits()
     """What a batch may hold."""
+    ahead: float = 2.0
+    """With prefetch, the next batch is chosen while one runs if the requests that could run are at least this many
+    times batch_requests. With fewer the batches would be small, and small batches cost more than what they hide."""
     lookahead: int = 64
     """Batches to come that the lookahead policy is told of."""
-    transfer_bytes: int = 32 << 20
-    """Most bytes of one transfer; shorter ones yield sooner to an earlier deadline."""
-    reuse: bool = False
-    """Whether prompts with a common beginning share pages of KV cache."""
+    part: int = 16 << 20
+    """Bytes of a transfer after which one with an earlier deadline may go first."""
 
     def __post_init__(self):
         require(self.transfers in TRANSFERS, f"transfers={self.transfers!r} is not one of {', '.join(TRANSFERS)}")
         require(self.lookahead >= 0, f"lookahead={self.lookahead} must not be negative")
-        require(self.transfer_bytes >= 1, f"transfer_bytes={self.transfer_bytes} must be at least 1")
+        require(self.part >= 1, f"part={self.part} must be at least 1")
 
 
 @dataclasses.dataclass(slots=True)
@@ -76,7 +77,8 @@ class Simulation:
     """One run. Requests and steps that have ended are appended to `requests` and `steps`.
 
     costs: of the model on a machine. bank: its expert pages. expert_memory: bytes of the pool of expert pages.
-    kv_pages: pages of 16 tokens of KV cache. keep: remember every transfer. `run` once.
+    kv_pages: pages of 16 tokens of KV cache. keep: remember every transfer and pass. record:
+    as `Residency`. `run` once.
     """
 
     PAGE_TOKENS = 16
@@ -97,11 +99,11 @@ class Simulation:
     ):
         machine = costs.machine
         self.costs, self.bank, self.serving = costs, bank, serving
-        self.link = VirtualLink(machine.link_rate, machine.latency, keep=keep)
+        self.link = VirtualLink(machine.link_rate, machine.latency, part=serving.part, keep=keep)
         self.residency = Residency(
             bank, expert_memory, policy=serving.residency, mode=serving.residency_mode, seed=seed, record=record
         )
-        self.pool = PagePool(kv_pages, self.PAGE_TOKENS, reuse=serving.reuse)
+        self.pool = PagePool(kv_pages, self.PAGE_TOKENS, reuse=False)
         rate = machine.device.bandwidth * machine.memory_share
         fixed = costs.cfg.layer * machine.layer_overhead + machine.step_overhead
         cost = Cost(
@@ -114,18 +116,20 @@ class Simulation:
         self.requests: Any = [] if requests is None else requests
         self.steps: Any = [] if steps is None else steps
         self.clock = 0.0
-        self._times: dict[Request, tuple[Job, list[float]]] = {}
+        self.order: list[frozenset[int]] | None = None  # experts of each batch, where a list is put here
+        self.passes: list[tuple[float, float]] | None = [] if keep else None  # when each pass computed
+        self._times: dict[Request, tuple[RoutedRequest, list[float]]] = {}
         self._fresh = np.zeros(self.residency.slots, bool)  # slots loaded and not read yet
         self._number = 0
         self._routing = 0.0
 
     # ---- the loop -----------------------------------------------------------------------------
 
-    def run(self, jobs: Iterable[Job]) -> None:
+    def run(self, jobs: Iterable[RoutedRequest]) -> None:
         """Serve all jobs, which come in order of arrival."""
         coming = iter(jobs)
         self._next = next(coming, None)
-        self._coming: Iterator[Job] = coming
+        self._coming: Iterator[RoutedRequest] = coming
         following: Planned | None = None
         while True:
             if following is None:
@@ -144,14 +148,14 @@ class Simulation:
         """What has come until now, routed at once: the router's time is taken before the next step."""
         while self._next is not None and self._next.arrival <= now:
             job = self._next
-            first = self._number * 1_000_000  # ids that no other prompt has
-            ids = list(range(first, first + job.prompt)) if job.ids is None else job.ids.tolist()
-            request = Request(ids, SamplingParams(max_new_tokens=job.output, ignore_eos=True), job.arrival)
-            request.experts = job.experts[: job.prompt].tolist()
+            prompt, first = len(job.prompt_experts), self._number * 1_000_000
+            sampling = SamplingParams(max_new_tokens=len(job.output_experts), ignore_eos=True)
+            request = Request(list(range(first, first + prompt)), sampling, job.arrival)  # ids that no other prompt has
+            request.experts = job.prompt_experts.tolist()
             self._times[request] = (job, [])
             self._number += 1
             self.scheduler.add(request)
-            self._routing += self.costs.route(job.prompt, job.prompt)
+            self._routing += self.costs.route(prompt, prompt)
             self._next = next(self._coming, None)
 
     def _decide(self, now: float, decided: float | int) -> Planned | None:
@@ -182,7 +186,12 @@ class Simulation:
 
     def _decide_ahead(self, now: float, decided: float | int) -> Planned | None:
         """The batch after the one that runs, if there is something to move for it and enough that could run."""
-        return self._decide(now, decided) if self.serving.transfers == "prefetch" else None
+        if self.serving.transfers != "prefetch":
+            return None
+        scheduler, limits = self.scheduler, self.serving.limits
+        ready = sum([request.left > 0 for request in scheduler.live])
+        ready += min(scheduler.waiting, limits.max_live - len(scheduler.live))
+        return self._decide(now, decided) if ready >= self.serving.ahead * limits.batch_requests else None
 
     def _play(self, step: Planned) -> Planned | None:
         """Run a step; returns the one after it, if it was chosen meanwhile."""
@@ -205,6 +214,8 @@ class Simulation:
                 stall, clock = stall + begin - clock, begin
             if transfers == "layer-ahead" and i + 1 in step.loads:
                 link.issue(step.loads[i + 1], clock)
+            if self.passes is not None:
+                self.passes.append((clock, clock + seconds))
             clock += seconds
             link.freed(number, clock)
         waits = [[(load.after, link.seconds(load.size)) for load in step.loads.get(i, ())] for i in range(plan.passes)]
@@ -218,18 +229,24 @@ class Simulation:
     def _finish(self, step: Planned, start: float, stall: float, route: float) -> None:
         """Hand out the tokens of a step that has ended and note down what it was."""
         batch, plan, now = step.batch, step.plan, self.clock
+        if self.order is not None:
+            self.order.append(batch.experts)
         sampled = []
         for work in batch.works:
-            place = len(work.request.tokens)
-            experts = self._times[work.request][0].experts if work.samples else ()
-            sampled.append((0, int(experts[place]) if place < len(experts) else 0) if work.samples else None)
+            if work.samples:
+                ahead = self._times[work.request][0].output_experts
+                sampled.append((0, int(ahead[work.request.generated])))
+            else:
+                sampled.append(None)
         for request in self.scheduler.complete(batch, sampled, now):
             job, times = self._times[request]
             times.append(now)
-            if len(times) == job.output:
+            if len(times) == len(job.output_experts):
                 self.scheduler.finish(request, "length")
                 del self._times[request]
-                served = Served(job.arrival, times, job.prompt, False, request.passed_over, request.preempted)
+                served = Served(
+                    job.arrival, times, len(job.prompt_experts), False, request.passed_over, request.preempted
+                )
                 self.requests.append(served)
         size = self.bank.page_bytes
         self.steps.append(
@@ -273,8 +290,7 @@ class Simulation:
             for i in range(plan.passes):
                 if plan.load[i] < plan.load[i + 1]:
                     items, slots, _, after = plan.loads_of(i)
-                    number, most = plan.first_pass + i, self.serving.transfer_bytes
-                    loads[i] = batched(number, items, slots, after, page_bytes=size, most=most)
+                    loads[i] = batched(plan.first_pass + i, items, slots, after, size)
         return loads
 
     def _mark(self, plan: StepPlan) -> int:
