@@ -4,8 +4,9 @@ A page holds the keys and values of P consecutive positions of one row; pages of
 and a row's table names its pages by position. Attention runs over blocks of pages with an online softmax (Milakov and
 Gimelshein 2018), so the trip count follows from the longest row and one program serves every context length.
 
-Everything lies on one device. Letters beside those of `layers`: S = pages * P slots of a layer's keys, W pages of a row's
-table, A slots of a block, O = (N + 2 K) H outputs of the joint projection.
+Everything lies on one device. Letters beside those of `layers`: S = (pages + 1) * P slots of a layer's keys, of which
+the last page is scrap; W pages of a row's table, A slots of a block, O = (N + 2 K) H outputs of the joint projection,
+J = K * H.
 """
 
 import dataclasses
@@ -32,8 +33,8 @@ class Rows:
     """B rows of T new tokens: what a segment of a step is about.
 
     ids_BT, position_BT, expert_BT: int32 of each token. write_BT: int32 slot (page * P + offset) of each token's keys
-    and values; a slot past the pool is written nowhere, which is what padding names. table_BW: int32 pages of a row by
-    position, any page where the row has none yet.
+    and values; padding names a slot of the scrap page. table_BW: int32 pages of a row by position, any page where the
+    row has none yet.
     """
 
     ids_BT: jax.Array
@@ -46,10 +47,10 @@ class Rows:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
-    """Keys and values [S, K, H] of one layer, or of all layers of the router one after another."""
+    """Keys and values [S, K * H] of one layer, or of all layers of the router one after another, scrap page last."""
 
-    k_SKH: jax.Array
-    v_SKH: jax.Array
+    k_SJ: jax.Array
+    v_SJ: jax.Array
 
 
 def layer_weights(cfg: ModelConfig, layers: Params, index: int, dtype) -> Params:
@@ -71,11 +72,13 @@ def write(cache: Cache, write_BT: jax.Array, k_BTKH: jax.Array, v_BTKH: jax.Arra
     """Store new keys and values in their slots."""
     at_M = write_BT.reshape(-1)
 
-    def put(old_SKH: jax.Array, new_BTKH: jax.Array) -> jax.Array:
-        new_MKH = new_BTKH.reshape(-1, *new_BTKH.shape[2:]).astype(old_SKH.dtype)
-        return old_SKH.at[at_M].set(new_MKH, mode="drop")
+    def put(old_SJ: jax.Array, new_BTKH: jax.Array) -> jax.Array:
+        new_MJ = new_BTKH.reshape(at_M.shape[0], -1).astype(old_SJ.dtype)
+        if len(at_M) == 1:  # XLA would make a scatter of one row a copy of the whole
+            return jax.lax.dynamic_update_slice(old_SJ, new_MJ, (at_M[0], 0))
+        return old_SJ.at[at_M].set(new_MJ, mode="promise_in_bounds")
 
-    return Cache(put(cache.k_SKH, k_BTKH), put(cache.v_SKH, v_BTKH))
+    return Cache(put(cache.k_SJ, k_BTKH), put(cache.v_SJ, v_BTKH))
 
 
 def attention(
@@ -90,9 +93,10 @@ def attention(
 ) -> jax.Array:
     """Causal grouped-query attention over the pages, softmax in float32; [B, T, N, H] in the dtype of q.
 
-    window: int32 scalar, keys a query sees back from its own position (0: all); None when no layer has one.
+    window: int32 scalar, keys a query sees back from its own position (0: all); None when no layer has one. With
+    position -1 for all, no key is read and the result is zero.
     """
-    (b, t, n, h), kv = q_BTNH.shape, cache.k_SKH.shape[1]
+    (b, t, n, h), kv = q_BTNH.shape, cache.k_SJ.shape[1] // q_BTNH.shape[3]
     if t > 1 or not 1 < kv <= JOINT_HEADS:
         q_BKMH = q_BTNH.reshape(b, t, kv, n // kv, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, -1, h)
         y_BKMH = _attend(q_BKMH, cache, table_BW, position_BT, window, page, scale, PREFILL_BLOCK)
@@ -101,10 +105,9 @@ def attention(
     # their own head. The products with zeros cost less than a transpose of the keys.
     own_KK = jnp.eye(kv, dtype=q_BTNH.dtype)
     q_BKGH = q_BTNH.reshape(b, kv, n // kv, h)
-    q_B1NC = jnp.einsum("bkgh,kj->bkgjh", q_BKGH, own_KK).reshape(b, 1, n, kv * h)
-    joint = Cache(cache.k_SKH.reshape(-1, 1, kv * h), cache.v_SKH.reshape(-1, 1, kv * h))
-    y_B1NC = _attend(q_B1NC, joint, table_BW, position_BT, window, page, scale, DECODE_BLOCK)
-    y_BKGKH = y_B1NC.reshape(b, kv, n // kv, kv, h)
+    q_B1NJ = jnp.einsum("bkgh,kj->bkgjh", q_BKGH, own_KK).reshape(b, 1, n, kv * h)
+    y_B1NJ = _attend(q_B1NJ, cache, table_BW, position_BT, window, page, scale, DECODE_BLOCK)
+    y_BKGKH = y_B1NJ.reshape(b, kv, n // kv, kv, h)
     return jnp.einsum("bkgkh->bkgh", y_BKGKH).reshape(b, t, n, h)
 
 
@@ -117,15 +120,15 @@ def _attend(
     block = wide * page
     table_BW = jnp.pad(table_BW, ((0, 0), (0, -table_BW.shape[1] % wide)))
 
-    def keys(pool_SKH: jax.Array, page_BW: jax.Array) -> jax.Array:
+    def keys(pool_SJ: jax.Array, page_BW: jax.Array) -> jax.Array:
         """[B, K, A, H] of a block's pages."""
-        pages = pool_SKH.reshape(-1, page, kv, h)[page_BW]
+        pages = pool_SJ.reshape(-1, page, kv * h).at[page_BW].get(mode="promise_in_bounds")
         return pages.reshape(b, block, kv, h).transpose(0, 2, 1, 3).astype(q_BKMH.dtype)
 
     def body(i: jax.Array, state: tuple[jax.Array, jax.Array, jax.Array]):
         most_BKM, sum_BKM, y_BKMH = state
         page_BW = jax.lax.dynamic_slice(table_BW, (0, i * wide), (b, wide))
-        k_BKAH, v_BKAH = keys(cache.k_SKH, page_BW), keys(cache.v_SKH, page_BW)
+        k_BKAH, v_BKAH = keys(cache.k_SJ, page_BW), keys(cache.v_SJ, page_BW)
         score_BKMA = jnp.einsum("bkmh,bkah->bkma", q_BKMH, k_BKAH, preferred_element_type=jnp.float32) * scale
         back_BTA = position_BT[:, :, None] - (i * block + jnp.arange(block, dtype=jnp.int32))
         seen_BTA = back_BTA >= 0
@@ -149,29 +152,29 @@ def _attend(
     if window is not None:
         first = jnp.where(window > 0, jnp.maximum(jnp.min(position_BT) - window + 1, 0) // block, 0)
     _, sum_BKM, y_BKMH = jax.lax.fori_loop(first, jnp.max(position_BT) // block + 1, body, start)
-    return (y_BKMH / sum_BKM[..., None]).astype(q_BKMH.dtype)
+    return (y_BKMH / jnp.maximum(sum_BKM, 1e-30)[..., None]).astype(q_BKMH.dtype)
 
 
-def _mix(cfg: ModelConfig, weights: Params, cache: Cache, x_BTD: jax.Array, rows: Rows, window, page: int):
-    """The attention half of a layer: (residual with the output bias of the FFN, its norm for the FFN), cache."""
-    b, t, d = x_BTD.shape
-    n, kv, h = cfg.head, cfg.kv_head, cfg.head_dim
+def _project(cfg: ModelConfig, weights: Params, x_BTD: jax.Array, rope) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries [B, T, N, H], keys and values [B, T, K, H] of a layer's input, rotated."""
+    (b, t, d), n, kv, h = x_BTD.shape, cfg.head, cfg.kv_head, cfg.head_dim
     y_MO = rms_norm(x_BTD, weights["attn_norm"], cfg.norm_eps).reshape(b * t, d) @ weights["w_qkv"]
     if cfg.qkv_bias:
         y_MO += weights["b_qkv"]
     q, k, v = (y.reshape(b, t, -1, h) for y in jnp.split(y_MO, (n * h, (n + kv) * h), axis=1))
     if cfg.qk_norm:
         q, k = rms_norm(q, weights["q_norm"], cfg.norm_eps), rms_norm(k, weights["k_norm"], cfg.norm_eps)
-    rope = rope_tables(rows.position_BT, h, cfg.rope_theta, cfg.rope_scaling)
-    cache = write(cache, rows.write_BT, apply_rope(k, rope), v)
-    y_BTNH = attention(
-        apply_rope(q, rope), cache, rows.table_BW, rows.position_BT, window, page=page, scale=h**-0.5
-    )
-    x_BTD += (y_BTNH.reshape(b * t, n * h) @ weights["w_o"]).reshape(b, t, d)
+    return apply_rope(q, rope), apply_rope(k, rope), v
+
+
+def _add(cfg: ModelConfig, weights: Params, x_BTD: jax.Array, y_BTNH: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The residual after attention, with the output bias of the FFN, and its norm for the FFN."""
+    b, t, d = x_BTD.shape
+    x_BTD += (y_BTNH.reshape(b * t, -1) @ weights["w_o"]).reshape(b, t, d)
     if cfg.out_bias:
         x_BTD += weights["b_o"]
     normed_BTD = rms_norm(x_BTD, weights["mlp_norm"], cfg.norm_eps)
-    return (x_BTD + weights["b_down"] if cfg.mlp_bias else x_BTD, normed_BTD), cache
+    return x_BTD + weights["b_down"] if cfg.mlp_bias else x_BTD, normed_BTD
 
 
 def layer(
@@ -195,18 +198,26 @@ def layer(
     tokens' embedding for the residual. fresh: attention first; else the pages only, on the norm that the layer's first
     pass left: a layer whose pages do not fit in the pool is run in parts.
     """
+    x_BTD, normed_BTD = stream
+    (b, t, _), n, kv, h = x_BTD.shape, cfg.head, cfg.kv_head, cfg.head_dim
     with jax.named_scope("attention"):
+        x_BTD = jnp.where(start, embedding_VD[rows.ids_BT].astype(x_BTD.dtype), x_BTD)
+        rope = rope_tables(rows.position_BT, h, cfg.rope_theta, cfg.rope_scaling)
 
-        def first_pass(x_BTD: jax.Array, _, cache: Cache):
-            x_BTD = jnp.where(start, embedding_VD[rows.ids_BT].astype(x_BTD.dtype), x_BTD)
-            return _mix(cfg, weights, cache, x_BTD, rows, window, page)
+        def nothing(_):
+            return tuple(jnp.zeros((b, t, heads, h), x_BTD.dtype) for heads in (n, kv, kv))
 
-        def later_pass(x_BTD: jax.Array, normed_BTD: jax.Array, cache: Cache):
-            return (x_BTD, normed_BTD), cache
-
-        (x_BTD, normed_BTD), cache = jax.lax.cond(fresh, first_pass, later_pass, *stream, cache)
+        # The cache goes through no `cond`: XLA would copy it. A later pass writes to no slot and looks at no key.
+        q, k, v = jax.lax.cond(fresh, lambda x: _project(cfg, weights, x, rope), nothing, x_BTD)
+        cache = write(cache, jnp.where(fresh, rows.write_BT, cache.k_SJ.shape[0] - 1), k, v)
+        y_BTNH = attention(
+            q, cache, rows.table_BW, jnp.where(fresh, rows.position_BT, -1), window, page=page, scale=h**-0.5
+        )
+        x_BTD, normed_BTD = jax.lax.cond(
+            fresh, lambda x, _: _add(cfg, weights, x, y_BTNH), lambda *old: old, x_BTD, normed_BTD
+        )
     with jax.named_scope("experts"):
-        x_MD = normed_BTD.reshape(-1, x_BTD.shape[-1])
+        x_MD = normed_BTD.reshape(b * t, -1)
         y_MD = expert_pages.ffn(x_MD, pages, *listed, rows.expert_BT.reshape(-1))
     return (x_BTD + y_MD.reshape(x_BTD.shape), normed_BTD), cache
 
@@ -215,7 +226,7 @@ def logits(cfg: ModelConfig, params: Params, x_BD: jax.Array) -> jax.Array:
     """float32 [B, V] of the residual stream after the last layer."""
     x_BD = rms_norm(x_BD, params["norm"], cfg.norm_eps)
     w_VD = head_weight(params)
-    return jnp.einsum("vd,bd->vb", w_VD.astype(x_BD.dtype), x_BD, preferred_element_type=jnp.float32).T
+    return jnp.einsum("bd,vd->bv", x_BD, w_VD.astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
 def route(
@@ -223,15 +234,15 @@ def route(
 ) -> tuple[jax.Array, Cache]:
     """The router on B rows of T tokens: int32 experts [B, T] and its cache. rows.expert_BT is not looked at.
 
-    The cache holds the router's layers one after another: slots of layer l begin at l * S / layers.
+    The cache holds the router's layers one after another, without scrap, and one scrap page.
     """
-    slots = cache.k_SKH.shape[0] // cfg.layers
-    past = rows.write_BT >= slots
+    slots = (cache.k_SJ.shape[0] - page) // cfg.layers
+    scrap = rows.write_BT >= slots
 
     def attend(q, k, v, index, cache):
         place = jax.typeof(q).sharding.spec
         q, k, v = jax.reshard((q, k, v), REPLICATED)
-        at_BT = jnp.where(past, cache.k_SKH.shape[0], rows.write_BT + index * slots)
+        at_BT = jnp.where(scrap, cache.k_SJ.shape[0] - 1, rows.write_BT + index * slots)
         cache = write(cache, at_BT, k, v)
         y_BTNH = attention(
             q,

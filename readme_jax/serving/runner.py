@@ -133,12 +133,11 @@ class Runner:
         self._top = put({name: w for name, w in params.items() if name != "layers"})
         self._layers = [put(paged.layer_weights(cfg, layers, index, self.dtype)) for index in range(cfg.layer)]
         self._windows = put(np.array(cfg.windows, np.int32)) if any(cfg.windows) else None
-        shape = (self.kv_slots, cfg.kv_head, cfg.head_dim)
+        shape = (self.kv_slots + self.kv_page, cfg.kv_head * cfg.head_dim)  # the last page is scrap
         self._caches = [Cache(*put((np.zeros(shape, self.dtype),) * 2)) for _ in range(cfg.layer)]
         self._router = self._router_cache = None
         if self.router_cfg is not None:
-            heads, width = self.router_cfg.heads, self.router_cfg.width
-            shape = (self.router_cfg.layers * self.router_slots, heads, width // heads)
+            shape = (self.router_cfg.layers * self.router_slots + self.kv_page, self.router_cfg.width)
             self._router = put(jax.tree.map(lambda w: w.astype(np.float32), router_params))
             self._router_cache = Cache(*put((np.zeros(shape, np.float32),) * 2))
         self._index = [put(np.int32(i)) for i in range(cfg.layer)]
@@ -203,10 +202,11 @@ class Runner:
     def _insert_program(self, pool_SQD, new_MQD, slot_M):
         return pool_SQD.at[slot_M].set(new_MQD, mode="drop")
 
-    def _host_rows(self, b: int, t: int) -> Rows:
+    def _host_rows(self, b: int, t: int, scrap: int) -> Rows:
+        """Rows of padding, as NumPy arrays: written to slot `scrap`."""
         zeros_BT = np.zeros((b, t), np.int32)
         table_BW = np.zeros((b, self.width), np.int32)
-        return Rows(zeros_BT, zeros_BT.copy(), zeros_BT.copy(), np.full((b, t), 2**30, np.int32), table_BW)  # pyright: ignore
+        return Rows(zeros_BT, zeros_BT.copy(), zeros_BT.copy(), np.full((b, t), scrap, np.int32), table_BW)  # pyright: ignore
 
     def _jobs(self) -> list[tuple[Any, Callable, tuple, tuple[int, ...]]]:
         """(key, function, arguments, donated) of every program."""
@@ -214,11 +214,11 @@ class Runner:
         which = self._put(_Pass(flat_2Z, np.zeros((self.cfg.layer, 4), np.int32), np.int32(0)))  # pyright: ignore
         jobs: list[tuple[Any, Callable, tuple, tuple[int, ...]]] = []
         for b, t in self.shapes:
-            rows, stream = self._put(self._host_rows(b, t)), self._start[b, t]
+            rows, stream = self._put(self._host_rows(b, t, self.kv_slots)), self._start[b, t]
             layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
             jobs.append((("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
             last_B, draw = self._put((np.zeros(b, np.int32), sampling.host_rows([None] * b)))
-            new = self._put(self._host_rows(b, 1))
+            new = self._put(self._host_rows(b, 1, self.router_slots))
             finish = (self._top, self._router, self._router_cache, stream[0], last_B, draw, self._silent[b], new)
             jobs.append((("finish", b, t), self._finish_program, finish, (2,)))
             if t > 1 and self._router is not None:
@@ -248,6 +248,23 @@ class Runner:
         self._count = count
         jax.monitoring.register_event_duration_secs_listener(count)
 
+    def router_s(self, rows: int = 1, times: int = 50) -> float:
+        """Seconds of one router step of `rows` tokens alone, median: what pre-gating costs a decode step.
+
+        Compiles a program of its own, which `compiles` counts: for benchmarks, after all else.
+        """
+        if self._router is None:
+            return 0.0
+        with jax.set_mesh(self._mesh):
+            program = jax.jit(self._route, donate_argnums=1)
+            new, taken = self._put(self._host_rows(rows, 1, self.router_slots)), []
+            for _ in range(times):
+                began = time.perf_counter()
+                expert_BT, self._router_cache = program(self._router, self._router_cache, new)
+                expert_BT.block_until_ready()
+                taken.append(time.perf_counter() - began)
+        return float(np.median(taken))
+
     def close(self) -> None:
         """Give the device memory back."""
         if hasattr(self, "_count"):
@@ -272,12 +289,11 @@ class Runner:
         """The shortest compiled length for a piece of a prompt."""
         return next((t for t in self.lengths if t >= count), self.lengths[-1])
 
-    def _fill(self, rows: Rows, row: int, ids: Sequence[int], start: int, table_W: np.ndarray, past: int) -> None:
+    def _fill(self, rows: Rows, row: int, ids: Sequence[int], start: int, table_W: np.ndarray) -> None:
         """A row of `count` new tokens; what is left of it repeats the last position and is written nowhere."""
         count = len(ids)
         rows.ids_BT[row, :count] = ids
         rows.position_BT[row] = np.minimum(np.arange(start, start + rows.ids_BT.shape[1]), start + count - 1)
-        rows.write_BT[row] = past
         rows.write_BT[row, :count] = self._slots_of(table_W, start, count)
         rows.table_BW[row] = table_W
 
@@ -289,8 +305,8 @@ class Runner:
         for start in range(0, len(tokens), self.lengths[-1]):
             ids = tokens[start : start + self.lengths[-1]]
             t = self._fit(len(ids))
-            rows = self._host_rows(1, t)
-            self._fill(rows, 0, ids, first + start, table_W, self.router_slots)
+            rows = self._host_rows(1, t, self.router_slots)
+            self._fill(rows, 0, ids, first + start, table_W)
             program = self._programs["route", 1, t]
             expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(rows))
             out.append((len(ids), expert_BT))
@@ -347,18 +363,18 @@ class Runner:
     def _segment(self, batch: Batch, plan: StepPlan, shape: tuple[int, int], places: list[int]) -> Segment:
         b, t = shape
         works = [batch.works[i] for i in places]
-        rows, last_B = self._host_rows(b, t), np.zeros(b, np.int32)
-        new, asked = self._host_rows(b, 1), [None] * b
-        asked: list[Request | None]
+        rows, last_B = self._host_rows(b, t, self.kv_slots), np.zeros(b, np.int32)
+        new = self._host_rows(b, 1, self.router_slots)
+        asked: list[Request | None] = [None] * b
         for row, work in enumerate(works):
             request, end = work.request, work.start + work.count
-            self._fill(rows, row, request.tokens[work.start : end], work.start, self._table(request.pages), self.kv_slots)
+            self._fill(rows, row, request.tokens[work.start : end], work.start, self._table(request.pages))
             rows.expert_BT[row, : work.count] = request.experts[work.start : end]
             last_B[row] = work.count - 1
             if work.samples:
                 asked[row] = request
                 if self._router is not None:
-                    self._fill(new, row, [0], end, self._table(request.router_pages), self.router_slots)
+                    self._fill(new, row, [0], end, self._table(request.router_pages))
         flat_2Z, tables, live = self._passes(works, plan)
         kv = 2 * self.cfg.layer * self.cfg.kv_head * self.cfg.head_dim * self.dtype.itemsize
         self.bytes_read += kv * sum(work.start + work.count for work in works)

@@ -82,9 +82,8 @@ def host_history(requests: Sequence[Request | None], width: int, vocab: int) -> 
     for row, request in enumerate(requests):
         if request is None or not penalised(request.sampling):
             continue
-        token, first, count = np.unique(np.array(request.tokens, np.int32), return_index=True, return_counts=True)
+        token = np.unique(np.array(request.tokens, np.int32))
         output, occurs = np.unique(np.array(request.tokens[len(request.prompt) :], np.int32), return_counts=True)
-        del first, count
         token_BH[row, : len(token)] = token
         count_BH[row, np.searchsorted(token, output)] = occurs
     return History(token_BH, count_BH)  # pyright: ignore[reportArgumentType]
@@ -200,19 +199,23 @@ def _report(logits_BV: jax.Array, token_B: jax.Array, rows: Rows) -> Drawn:
 def sample(logits_BV: jax.Array, rows: Rows, history: History) -> Drawn:
     """Draw the next token of each row from float32 logits. What no row asks for is not computed."""
     b = len(logits_BV)
-    penalties_B = (rows.real_BP[:, 3] != 1) | (rows.real_BP[:, 4] != 0) | (rows.real_BP[:, 5] != 0)
+    penalties = jnp.any((rows.real_BP[:, 3] != 1) | (rows.real_BP[:, 4] != 0) | (rows.real_BP[:, 5] != 0))
+    warm = jnp.any(rows.real_BP[:, 0] > 0)
+
+    def choose(logits_BV):
+        changed_BV = jax.lax.cond(penalties, lambda x: _penalise(x, rows, history), lambda x: x, logits_BV)
+        return jax.lax.cond(warm, lambda x: _draw(x, rows), best, changed_BV)
+
+    def report(logits_BV, token_B):
+        return _report(logits_BV, token_B, rows)
+
+    def nothing(_, token_B):
+        return Drawn(token_B, jnp.zeros(b), jnp.zeros((b, TOP), jnp.int32), jnp.zeros((b, TOP)))
+
     with jax.named_scope("sample"):
-        changed_BV = jax.lax.cond(
-            jnp.any(penalties_B), lambda x: _penalise(x, rows, history), lambda x: x, logits_BV
-        )
-        token_B = jax.lax.cond(jnp.any(rows.real_BP[:, 0] > 0), lambda x: _draw(x, rows), best, changed_BV)
-
-        def nothing(_, token_B):
-            return Drawn(token_B, jnp.zeros(b), jnp.zeros((b, TOP), jnp.int32), jnp.zeros((b, TOP)))
-
-        return jax.lax.cond(
-            jnp.any(rows.whole_BP[:, 3] > 0), lambda x, t: _report(x, t, rows), nothing, logits_BV, token_B
-        )
+        # `best` outside of `choose`: a branch that hands its logits on copies them
+        token_B = jax.lax.cond(penalties | warm, choose, best, logits_BV)
+        return jax.lax.cond(jnp.any(rows.whole_BP[:, 3] > 0), report, nothing, logits_BV, token_B)
 
 
 class Score(NamedTuple):
