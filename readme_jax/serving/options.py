@@ -63,7 +63,7 @@ class EngineOptions:
             require(value in known, f"{name}={value!r} is not one of {', '.join(known)}")
         require(self.dtype in ("float32", "bfloat16"), f"dtype={self.dtype!r} is not one of float32, bfloat16")
         least = {"context": 0, "expert_page": 0, "lookahead": 0}
-        for field in dataclasses.fields(self):
+        for field in dataclasses.fields(EngineOptions):  # not those of a program that has more
             if field.type is int:
                 value, low = getattr(self, field.name), least.get(field.name, 1)
                 good = type(value) is int and value >= low
