@@ -118,7 +118,6 @@ def main(argv: list[str] | None = None) -> None:
     model = api.load(config.model, weights=False)
     trace = read_requests(config, model)
     inputs, outputs = sum(len(one.prompt or ()) for one in trace), sum(one.output_tokens for one in trace)
-    print(f"{len(trace)} requests over {trace[-1].arrival:.1f} s, {inputs} prompt and {outputs} output tokens")
     results: dict[str, dict[str, Any]] = {}
     latencies, curves, last = {}, {}, None
     for pair in config.pairs():
@@ -128,6 +127,7 @@ def main(argv: list[str] | None = None) -> None:
             budgets = [round(share * engine.parts.bank.total_bytes) for share in SHARES]
             curves[pair.split("+")[0]] = replay.memory_curve(recorder, engine.parts.bank, budgets, config.mode)
         last = last or (pair, recorder, engine.parts.bank.experts)
+    print(f"{len(trace)} requests over {trace[-1].arrival:.1f} s, {inputs} prompt and {outputs} output tokens")
     print(report.table(results))
     if config.out is not None and last is not None:
         write(config, results, latencies, curves, outputs, last)

@@ -77,7 +77,10 @@ class FakeRunner:
         self._write(self.router_kv, pages, first, tokens)
         known = self._read(self.router_kv, pages, first + len(tokens))
         self.routed += len(tokens)
-        return [expert_of(known[: place + 1]) for place in range(first, len(known))]
+        return [self._expert(known[: place + 1]) for place in range(first, len(known))]
+
+    def _expert(self, known):
+        return expert_of(known) % self.bank.experts
 
     def fetch_experts(self, handle):
         return handle
@@ -123,7 +126,7 @@ class FakeRunner:
                 expert = 0
                 if len(self.router_kv):
                     self._write(self.router_kv, request.router_pages, end, [token])
-                    expert = expert_of(self._read(self.router_kv, request.router_pages, end + 1))
+                    expert = self._expert(self._read(self.router_kv, request.router_pages, end + 1))
                 results[-1] = Score(token, expert, 0.0, ())
         return results
 

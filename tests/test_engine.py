@@ -1,6 +1,9 @@
 """The engine on a real tiny model: equal to one-at-a-time generation whatever the policies, budgets, chunks and mix."""
 
 import dataclasses
+import gc
+import resource
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -155,13 +158,10 @@ def test_sampled_text_depends_on_its_seed_alone(folder, model, requests):
     for place, i in enumerate(order):
         assert [c.tokens for c in mixed[place].choices] == [c.tokens for c in alone[i].choices]
     stop = [7, *model.stop_tokens]
-    for prompt, sampling, out in zip(prompts, each, alone):
-        options = dict(max_new_tokens=12, temperature=0.9, top_k=40, top_p=0.95, seed=sampling.seed, stop_tokens=stop)
-        assert model.generate([prompt], **options)[0].tolist() == out.tokens
-        # choice i draws what row i of a batch draws
-        assert [row.tolist() for row in model.generate([prompt] * sampling.n, **options)] == [
-            choice.tokens for choice in out.choices
-        ]
+    for i in (0, 3, 5):  # one choice, one choice, three: choice c draws what row c of a batch draws
+        options = dict(max_new_tokens=12, temperature=0.9, top_k=40, top_p=0.95, seed=100 + i, stop_tokens=stop)
+        rows = model.generate([prompts[i]] * each[i].n, **options)
+        assert [row.tolist() for row in rows] == [choice.tokens for choice in alone[i].choices]
     assert len({tuple(choice.tokens) for out in alone for choice in out.choices}) > 18
 
 
@@ -178,3 +178,57 @@ def test_logprobs(folder, model, requests):
         best = np.argsort(-row)[:3]
         assert [token for token, _ in score.best] == best.tolist()
         np.testing.assert_allclose([value for _, value in score.best], row[best], atol=1e-4)
+
+
+def live_memory():
+    """(arrays on the device, bytes of this process)."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return len(jax.live_arrays()), pages * resource.getpagesize()
+
+
+def soak(folder, model, count, growth):
+    """Requests of every kind, many cancelled: nothing is left of them, and memory does not grow with their number."""
+    rng, done, marks = np.random.default_rng(12), 0, []
+    stems = [rng.integers(1, served.VOCAB, 40).tolist() for _ in range(6)]
+    options = OPTIONS | dict(schedule="expert-aware", residency="lookahead", expert_memory="0.45x")
+    with Engine(folder, **options) as engine:
+        added, live = 0, []
+        while done < count:
+            for _ in range(min(int(rng.integers(0, 6)), count - added, 60 - engine.unfinished)):
+                stem = stems[rng.integers(6)][: rng.integers(0, 40)] if rng.random() < 0.5 else []
+                sampling = SamplingParams(
+                    max_new_tokens=int(rng.integers(1, 12)), temperature=float(rng.choice([0.0, 1.0])),
+                    seed=int(rng.integers(99)), n=int(rng.choice([1, 1, 1, 2])), stop=("the",) if rng.random() < 0.1 else (),
+                    logprobs=2 if rng.random() < 0.1 else None, repetition_penalty=float(rng.choice([1.0, 1.3])),
+                )  # fmt: skip
+                live.append(engine.add_request(stem + rng.integers(1, served.VOCAB, 8).tolist(), sampling))
+                added += 1
+            if live and rng.random() < 0.15:
+                engine.cancel(live.pop(rng.integers(len(live))))
+            for update in engine.step():
+                if update.reason and update.id not in engine._asked:
+                    done += 1
+                    live = [number for number in live if number != update.id]
+                    if done in (count // 4, count):
+                        marks.append(live_memory())
+        while engine.unfinished:
+            engine.step()
+        check_empty(engine)
+        stats = engine.stats()
+        page_of = engine.parts.residency.slot_of
+        resident = page_of[page_of >= 0]
+        assert len(set(resident.tolist())) == len(resident) <= stats["expert_slots"], "a slot holds one page"
+    assert stats["requests_cancelled"] > count // 40 and stats["preemptions"] > 0
+    (arrays, size), (arrays_after, size_after) = marks
+    assert arrays_after <= arrays + 40, "arrays of steps in flight at most"
+    assert size_after - size < growth
+
+
+def test_nothing_is_left_of_requests(folder, model):
+    soak(folder, model, 200, growth=60e6)
+
+
+@pytest.mark.slow
+def test_nothing_is_left_of_5000_requests(folder, model):
+    soak(folder, model, 5000, growth=60e6)

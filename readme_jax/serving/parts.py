@@ -290,6 +290,7 @@ class Parts:
             "reorder_batches_mean": sum(wait * count for wait, count in waits.items()) / works,
             "reorder_batches_max": max(waits, default=0),
             "step_s": counters.step_s,
+            "busy_s": counters.busy_s,
             "host_share": max(0.0, 1 - counters.busy_s / counters.step_s) if counters.step_s else 0.0,
             "route_s": counters.route_s,
             "device_s": self.runner.device_s,
