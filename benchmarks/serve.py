@@ -7,7 +7,8 @@
 two ways: one after the other, and as one batch padded on the left; `ratio_*` is ours over the better of the two on our
 exported folder, which computes the same function. The dense model is printed beside it. Router share: routing of
 prompts, and the router's step on every sampled token, of the time in steps. Host share: time in steps with no batch on
-the device (the largest of the three, both). Then 1,000 steps of random requests, of which some are cancelled, count what is compiled.
+the device; both the largest of the three. Then 1,000 steps of random requests, of which some are cancelled, count what
+is compiled.
 """
 
 import argparse
@@ -127,7 +128,7 @@ def compare(engine: Engine, exported, dense, asked: list[list[int]], tokens: int
     }
     rates: dict[str, list[float]] = {name: [] for name in ways}
     rows = {}
-    for name, (run, model) in ways.items():  # once for what is only done once
+    for run, model in ways.values():  # once for what is only done once
         run(model, asked[:1], 4)
     for turn in range(repeats):
         for name, (run, model) in ways.items():

@@ -20,6 +20,7 @@ from readme_jax.config import DataError, require, to_dict
 from readme_jax.data import open_records
 from readme_jax.metrics import progress
 from readme_jax.serving import plots, replay, report
+from readme_jax.serving.bank import Bank
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES, EngineOptions
 from readme_jax.serving.recorder import Recorder
@@ -98,18 +99,18 @@ def read_requests(config: BenchConfig, model: api.Model) -> list[TraceRequest]:
     return with_prompts(trace, open_records(folder, "test", model.config.vocab), config.seed)
 
 
-def run_pair(config: BenchConfig, model: api.Model, trace: list[TraceRequest], pair: str) -> tuple[dict, Recorder, Engine]:
-    """Replay the trace under one pair of policies: figures, what was recorded, the engine (closed)."""
+def run_pair(
+    config: BenchConfig, model: api.Model, trace: list[TraceRequest], pair: str
+) -> tuple[dict[str, Any], Recorder, Bank]:
+    """Replay the trace under one pair of policies: figures, what was recorded, the expert pages."""
     schedule, residency = pair.split("+")
-    options = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
-    recorder = Recorder()
-    tokens = sum(one.output_tokens for one in trace)
-    with Engine(
-        model, progress=True, recorder=recorder, **options | {"schedule": schedule, "residency": residency}
-    ) as engine:
+    options: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
+    options |= {"schedule": schedule, "residency": residency}
+    recorder, tokens = Recorder(), sum(one.output_tokens for one in trace)
+    with Engine(model, progress=True, recorder=recorder, **options) as engine:
         with progress(tokens, pair) as bar:
             duration = replay.replay(engine, trace, bar)
-        return replay.figures(engine, recorder, duration, config.goals()), recorder, engine
+        return replay.figures(engine, recorder, duration, config.goals()), recorder, engine.parts.bank
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,12 +122,12 @@ def main(argv: list[str] | None = None) -> None:
     results: dict[str, dict[str, Any]] = {}
     latencies, curves, last = {}, {}, None
     for pair in config.pairs():
-        results[pair], recorder, engine = run_pair(config, model, trace, pair)
+        results[pair], recorder, bank = run_pair(config, model, trace, pair)
         latencies[pair] = report.latencies(recorder.served)["e2el"] / 1e3
         if pair.split("+")[0] not in curves and config.out is not None:
-            budgets = [round(share * engine.parts.bank.total_bytes) for share in SHARES]
-            curves[pair.split("+")[0]] = replay.memory_curve(recorder, engine.parts.bank, budgets, config.mode)
-        last = last or (pair, recorder, engine.parts.bank.experts)
+            budgets = [round(share * bank.total_bytes) for share in SHARES]
+            curves[pair.split("+")[0]] = replay.memory_curve(recorder, bank, budgets, config.mode)
+        last = last or (pair, recorder, bank.experts)
     print(f"{len(trace)} requests over {trace[-1].arrival:.1f} s, {inputs} prompt and {outputs} output tokens")
     print(report.table(results))
     if config.out is not None and last is not None:
@@ -146,8 +147,10 @@ def write(config: BenchConfig, results, latencies, curves, outputs: int, last: t
     plots.latency_cdf(out / "latency_cdf.png", latencies, "requests answered in time")
     for schedule, curve in curves.items():
         shares = list(SHARES[-min(map(len, curve.values())) :])
-        hits = {policy: [point["token_hit_ratio"] for point in row] for policy, row in curve.items()}
-        moved = {policy: [point["bytes_loaded"] / outputs / 1e6 for point in row] for policy, row in curve.items()}
+        hits: dict[str, Any] = {policy: [point["token_hit_ratio"] for point in row] for policy, row in curve.items()}
+        moved: dict[str, Any] = {
+            policy: [point["bytes_loaded"] / outputs / 1e6 for point in row] for policy, row in curve.items()
+        }
         title = f"batches of {schedule}"
         plots.against_memory(out / f"hits_{schedule}.png", shares, hits, "token hit ratio", title)
         plots.against_memory(out / f"bytes_{schedule}.png", shares, moved, "MB loaded / generated token", title)

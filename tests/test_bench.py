@@ -15,8 +15,8 @@ from readme_jax.serving.trace_files import read_routing
 
 SMALL = ["--kv-memory", "256KiB", "--context", "120", "--kv-page", "4", "--expert-page", "4", "--batch-requests", "4"]
 SMALL += ["--batch-tokens", "24", "--chunk", "10", "--expert-memory", "0.45x"]
-DRAWN = ["--arrivals.requests", "10", "--arrivals.rate", "200", "--arrivals.prompt-mean", "20", "--arrivals.output-mean"]
-DRAWN += ["6"]
+DRAWN = ["--arrivals.requests", "10", "--arrivals.rate", "200", "--arrivals.prompt-mean", "20"]
+DRAWN += ["--arrivals.output-mean", "6"]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_all_pairs(folder, stages, tmp_path, capsys):
     assert list(found["results"]) == pairs and found["config"]["expert_memory"] == "0.45x"
     outputs = {figures["total_output_tokens"] for figures in found["results"].values()}
     assert len(outputs) == 1, "every pair serves the same"
-    for pair, figures in found["results"].items():
+    for figures in found["results"].values():
         assert figures["completed"] == 10 and figures["request_goodput"] == figures["request_throughput"]
         assert {"mean_ttft_ms", "p99_tpot_ms", "p95_e2el_ms", "output_throughput"} <= figures.keys()
         assert figures["bytes_prefetch"] + figures["bytes_demand"] == figures["bytes_moved"]
@@ -68,7 +68,7 @@ def test_all_pairs(folder, stages, tmp_path, capsys):
     assert experts == served.EXPERTS and len(routed) == 10 and routed[0].arrival == 0
     assert sum(len(r.output_experts) for r in routed) == outputs.pop()
     for curves in found["memory_curves"].values():
-        for policy, curve in curves.items():
+        for curve in curves.values():
             loaded = [point["bytes_loaded"] for point in curve]
             assert len(curve) >= 5 and loaded[-1] <= loaded[0] and curve[-1]["token_hit_ratio"] > 0.5
     # with all pages resident, each is loaded once, whatever the policy

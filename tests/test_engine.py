@@ -199,8 +199,9 @@ def soak(folder, model, count, growth):
                 stem = stems[rng.integers(6)][: rng.integers(0, 40)] if rng.random() < 0.5 else []
                 sampling = SamplingParams(
                     max_new_tokens=int(rng.integers(1, 12)), temperature=float(rng.choice([0.0, 1.0])),
-                    seed=int(rng.integers(99)), n=int(rng.choice([1, 1, 1, 2])), stop=("the",) if rng.random() < 0.1 else (),
-                    logprobs=2 if rng.random() < 0.1 else None, repetition_penalty=float(rng.choice([1.0, 1.3])),
+                    seed=int(rng.integers(99)), n=int(rng.choice([1, 1, 1, 2])),
+                    stop=("the",) if rng.random() < 0.1 else (), logprobs=2 if rng.random() < 0.1 else None,
+                    repetition_penalty=float(rng.choice([1.0, 1.3])),
                 )  # fmt: skip
                 live.append(engine.add_request(stem + rng.integers(1, served.VOCAB, 8).tolist(), sampling))
                 added += 1

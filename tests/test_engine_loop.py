@@ -98,7 +98,9 @@ def test_output_depends_on_no_policy(model, schedule, residency):
 def test_the_runs_above_meet_what_they_are_for(model):
     """Preemption, shared prefixes, two batches in flight, waves: none of them is left out by chance."""
     depth = []
-    options = SMALL | dict(expert_memory="0.25x", schedule="prefill-first", kv_memory="48KiB", batch_requests=2, chunk=24)
+    options = SMALL | dict(
+        expert_memory="0.25x", schedule="prefill-first", kv_memory="48KiB", batch_requests=2, chunk=24
+    )
     with Engine(model, **options) as engine:
         step = engine.parts.runner.step
 
@@ -270,8 +272,13 @@ def test_a_recorder_hears_of_everything(model):
         stats = engine.stats()
     assert len(recorder.served) == len(reasons) and not recorder._times
     assert sum(served.cancelled for served in recorder.served) == reasons.count("cancelled")
-    assert len(recorder.steps) == stats["steps"] and sum(len(s.tokens) for s in recorder.served) == stats["tokens_generated"]
+    assert (
+        len(recorder.steps) == stats["steps"]
+        and sum(len(s.tokens) for s in recorder.served) == stats["tokens_generated"]
+    )
     assert sum(s.prefill + s.decode for s in recorder.steps) == stats["tokens_run"]
-    assert sum(s.moved for s in recorder.steps) == stats["bytes_loaded"] == stats["bytes_demand"] + stats["bytes_prefetch"]
+    assert (
+        sum(s.moved for s in recorder.steps) == stats["bytes_loaded"] == stats["bytes_demand"] + stats["bytes_prefetch"]
+    )
     assert all(a.end <= b.end and a.start < a.end for a, b in zip(recorder.steps, recorder.steps[1:]))
     assert sum(stats[f"requests_{reason}"] for reason in set(reasons)) == len(reasons)

@@ -5,7 +5,6 @@ import pytest
 import served
 from fake_runner import FakeRunner
 
-from readme_jax import api
 from readme_jax.config import ConfigError, DataError
 from readme_jax.serving import parts
 from readme_jax.serving.engine import Engine
@@ -55,11 +54,17 @@ def test_no_model():
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(schedule="fifo"), "schedule='fifo' is not one of fcfs, decode-first, prefill-first, longest-queue, expert"),
+        (
+            dict(schedule="fifo"),
+            "schedule='fifo' is not one of fcfs, decode-first, prefill-first, longest-queue, expert",
+        ),
         (dict(residency="mru"), "residency='mru' is not one of lookahead, lru, lfu, random"),
         (dict(mode="row"), "mode='row' is not one of layer, column"),
         (dict(dtype="int8"), "dtype='int8' is not one of float32, bfloat16"),
-        (dict(expert_memory="half"), "expert_memory='half' must be a size such as 2GiB, 500MB or a number of bytes, or a"),
+        (
+            dict(expert_memory="half"),
+            "expert_memory='half' must be a size such as 2GiB, 500MB or a number of bytes, or a",
+        ),
         (dict(expert_memory="2x"), r"expert_memory='2x': a share must be in \(0, 1\]x"),
         (dict(expert_memory="0x"), r"expert_memory='0x': a share must be in"),
         (dict(expert_memory=True), "expert_memory=True must be a size"),

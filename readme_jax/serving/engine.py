@@ -1,4 +1,4 @@
-"""The serving engine: requests in, text out. Every step: route what arrived, choose a batch, plan its pages, run, sample.
+"""The serving engine: requests in, text out. A step: route what arrived, choose a batch, plan its pages, run, sample.
 
     with Engine("runs/tuned", expert_memory="0.5x") as engine:
         print(engine.generate("The capital of France is", SamplingParams(max_new_tokens=8)).text)
@@ -108,7 +108,7 @@ class Engine:
         Requests added before go on meanwhile. DataError before any work for what cannot be served.
         """
         single = isinstance(prompts, str)
-        items = [prompts] if isinstance(prompts, str) else list(prompts)
+        items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         require(bool(items), "no prompt given", DataError)
         many = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(items)
         require(len(many) == len(items), f"{len(many)} sampling options for {len(items)} prompts", DataError)
@@ -153,8 +153,9 @@ class Engine:
         return self._add(self._check(prompt, sampling, chat), sampling, arrival)
 
     def step(self) -> list[Update]:
-        """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for. Call while
-        `unfinished`.
+        """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for.
+
+        Call it while `unfinished`.
 
         Raises what went wrong in the thread of the transfers; the engine is of no use then.
         """

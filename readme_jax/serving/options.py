@@ -78,7 +78,7 @@ class EngineOptions:
 
 
 def memory_bytes(value: str | int, name: str, whole: int | None = None) -> int:
-    """Bytes of `2GiB`, `500MB`, a number, or, with `whole` bytes to take a share of, `0.5x`. ConfigError names the rule."""
+    """Bytes of `2GiB`, `500MB`, a number, or, where there are `whole` bytes to share, `0.5x`; else ConfigError."""
     shares = whole is not None
     rule = f"{name}={value!r} must be a size such as 2GiB, 500MB or a number of bytes" + (
         ", or a share such as 0.5x" * shares

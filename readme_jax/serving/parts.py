@@ -23,7 +23,7 @@ from readme_jax.serving.sampling import Score
 from readme_jax.serving.scheduler import Scheduler
 from readme_jax.serving.transfers import HostRows, Transfers
 
-ROUTE_TOKENS = 4096  # prompt tokens routed in a step at most, so that a rush of arrivals does not hold up those that run
+ROUTE_TOKENS = 4096  # prompt tokens routed in a step at most: a rush of arrivals does not hold up those that run
 AHEAD = 2  # batches that must be there to be chosen from for one to go out before the one before is back (docs/LOG.md)
 LOAD_SIZES = (4, 32)  # pages of a transfer; one program each
 
@@ -36,9 +36,10 @@ class Parts:
         rule = f"{model.folder}: a dense model has no experts to serve by; carve it first, or use `readme-jax generate`"
         require(carved is not None and model.experts is not None, rule)
         assert carved is not None and model.experts is not None
-        require(options.context <= cfg.max_position, f"context={options.context} exceeds the model's {cfg.max_position}")
+        longest = cfg.max_position
+        require(options.context <= longest, f"context={options.context} exceeds the model's {longest}")
         self.options, self.recorder, self.counters = options, recorder, Counters()
-        self.context = options.context or cfg.max_position
+        self.context = options.context or longest
         dtype = jnp.dtype(options.dtype)
         self.bank = Bank.from_table(
             model.experts, cfg.mlp, row_bytes=3 * cfg.embed * dtype.itemsize, page=options.expert_page or None,
@@ -211,7 +212,7 @@ class Parts:
         return batch, handle, seen
 
     def land(self, handle: Any) -> list[Score | None]:
-        """Results of the oldest batch on the device, one for each work: None where it samples nothing. Waits for them."""
+        """Results of the oldest batch on the device, for each work: None where it samples nothing. Waits for them."""
         results = self.runner.fetch(handle)
         if self.scheduler.flying == 1 and self._busy_since is not None:
             self.counters.busy_s += time.perf_counter() - self._busy_since
@@ -245,7 +246,9 @@ class Parts:
         got = self.scheduler.complete(batch, pairs, now)
         page, pool = self.options.kv_page, self.router_pool
         self.counters.generated += len(got)
-        for request in got if pool is not None else ():
+        if pool is None:
+            return got
+        for request in got:
             place = len(request.tokens) - 1
             self._expert_of[request.router_pages[place // page], place % page] = request.experts[-1]
             if len(request.tokens) % page == 0:

@@ -13,9 +13,12 @@ from readme_jax.serving.transfers import Sent
 
 
 class Recorder:
-    """Keeps all it is told. steps: one `report.Step` a batch. served: one `report.Served` for each request that has
-    ended. routed: the experts of those that got a token. planned: of each batch its experts, those of the batches expected after it, and its tokens by
-    expert: all that a residency policy is told. sent: each transfer."""
+    """Keeps all it is told.
+
+    steps: one `report.Step` a batch. served: one `report.Served` for each request that has ended. routed: the experts
+    of those that got a token. planned: of each batch its experts, those of the batches expected after it, and its
+    tokens by expert: all that a residency policy is told. sent: each transfer.
+    """
 
     def __init__(self):
         self.steps: list[Step] = []
@@ -39,7 +42,11 @@ class Recorder:
         times = self._times.pop(request, [])
         self.served.append(
             Served(
-                request.arrival, times, len(request.prompt), request.reason == "cancelled", request.passed_over,
+                request.arrival,
+                times,
+                len(request.prompt),
+                request.reason == "cancelled",
+                request.passed_over,
                 request.preempted,
             )  # fmt: skip
         )
@@ -48,8 +55,10 @@ class Recorder:
             self.routed.append(RoutedRequest(request.arrival, experts_T[:prompt], experts_T[prompt:]))
 
     def write_routing(self, path: str | Path, experts: int) -> None:
-        """The routing trace of the requests so far, for `readme-jax simulate`; the first arrives at 0 s. experts: of the
-        model."""
+        """The routing trace of the requests so far, for `readme-jax simulate`; the first arrives at 0 s.
+
+        experts: of the model.
+        """
         first = min((routed.arrival for routed in self.routed), default=0.0)
         with RoutingRecorder(path, experts) as file:
             for routed in sorted(self.routed, key=lambda routed: routed.arrival):

@@ -62,7 +62,9 @@ def figures(engine: Engine, recorder: Recorder, duration: float, goal: dict[str,
     return out | {name: stats[name] for name in names}
 
 
-def memory_curve(recorder: Recorder, bank: Bank, budgets: Sequence[int], mode: Mode) -> dict[str, list[dict[str, float]]]:
+def memory_curve(
+    recorder: Recorder, bank: Bank, budgets: Sequence[int], mode: Mode
+) -> dict[str, list[dict[str, float]]]:
     """Hits and loads of every residency policy at other budgets, for the batches that were run.
 
     Exact for that order of batches: policies are told what they were told then. One entry a budget (bytes): hit ratios
