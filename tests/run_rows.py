@@ -69,8 +69,9 @@ def bank_of(folder, page=CHANNEL_PAGE, itemsize=4):
 class Loop:
     """One runner and what an engine would do around it: pages, residency, loads, in the simplest way."""
 
-    def __init__(self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", kv_pages=400):
-        self.bank = bank_of(folder, itemsize=np.dtype(dtype).itemsize if dtype == "float32" else 2)
+    def __init__(self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", page=CHANNEL_PAGE):
+        kv_pages = 400
+        self.bank = bank_of(folder, page, itemsize=4 if dtype == "float32" else 2)
         least = self.bank.least("layer") * self.bank.page_bytes
         budget = max(int(share * self.bank.total_bytes), least)
         self.residency = Residency(self.bank, budget, policy=policy)

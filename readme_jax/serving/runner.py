@@ -46,14 +46,17 @@ def chunks(most: int) -> tuple[int, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-    """Rows of a step that run together. works: their places in the batch. rows, last_B: on the device. flat_2Z: items
-    and slots of all passes one after another; table: for each L passes, int32 [L, 4] by the columns above. live: whether
-    a pass has anything to do here."""
+    """Rows of a step that run together; arrays are on the device.
+
+    works: their places in the batch. last: place of a prompt piece's last token. flat_2Z: items and slots of all passes
+    one after another; tables: for each L passes, int32 [L, 4] by the columns above. live: whether a pass has anything
+    to do here. draw: what sampling takes, None where nobody samples.
+    """
 
     works: tuple[int, ...]
     shape: tuple[int, int]
     rows: Rows
-    last_B: jax.Array
+    last: jax.Array
     flat_2Z: jax.Array
     tables: tuple[jax.Array, ...]
     live: list[bool]
@@ -185,9 +188,11 @@ class Runner:
             page=self.kv_page,
         )
 
-    def _finish_program(self, top, router, router_cache, x_BTD, last_B, draw, history, rows):
-        x_BD = jnp.take_along_axis(x_BTD, last_B[:, None, None], axis=1)[:, 0]
-        drawn = sampling.sample(paged.logits(self.cfg, top, x_BD), draw, history)
+    def _last_program(self, x_1TD, last):
+        return jax.lax.dynamic_slice_in_dim(x_1TD, last, 1, axis=1)
+
+    def _finish_program(self, top, router, router_cache, x_B1D, draw, history, rows):
+        drawn = sampling.sample(paged.logits(self.cfg, top, x_B1D[:, 0]), draw, history)
         expert_B = jnp.zeros_like(drawn.token_B)
         if router is not None:
             rows = dataclasses.replace(rows, ids_BT=drawn.token_B[:, None])
@@ -217,12 +222,14 @@ class Runner:
             rows, stream = self._put(self._host_rows(b, t, self.kv_slots)), self._start[b, t]
             layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
             jobs.append((("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
-            last_B, draw = self._put((np.zeros(b, np.int32), sampling.host_rows([None] * b)))
-            new = self._put(self._host_rows(b, 1, self.router_slots))
-            finish = (self._top, self._router, self._router_cache, stream[0], last_B, draw, self._silent[b], new)
-            jobs.append((("finish", b, t), self._finish_program, finish, (2,)))
-            if t > 1 and self._router is not None:
-                jobs.append((("route", 1, t), self._route, (self._router, self._router_cache, rows), (1,)))
+            if t > 1:
+                jobs.append((("last", t), self._last_program, (stream[0], self._index[0]), ()))
+                if self._router is not None:
+                    jobs.append((("route", t), self._route, (self._router, self._router_cache, rows), (1,)))
+                continue
+            draw, new = self._put((sampling.host_rows([None] * b), self._host_rows(b, 1, self.router_slots)))
+            finish = (self._top, self._router, self._router_cache, stream[0], draw, self._silent[b], new)
+            jobs.append((("finish", b), self._finish_program, finish, (2,)))
         for size in self.load_sizes:
             pool_SQD = self._pages.pool_SQD
             new = self._put((np.zeros((size, *pool_SQD.shape[1:]), self.dtype), np.zeros(size, np.int32)))
@@ -307,7 +314,7 @@ class Runner:
             t = self._fit(len(ids))
             rows = self._host_rows(1, t, self.router_slots)
             self._fill(rows, 0, ids, first + start, table_W)
-            program = self._programs["route", 1, t]
+            program = self._programs["route", t]
             expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(rows))
             out.append((len(ids), expert_BT))
         return out
@@ -363,14 +370,13 @@ class Runner:
     def _segment(self, batch: Batch, plan: StepPlan, shape: tuple[int, int], places: list[int]) -> Segment:
         b, t = shape
         works = [batch.works[i] for i in places]
-        rows, last_B = self._host_rows(b, t, self.kv_slots), np.zeros(b, np.int32)
+        rows = self._host_rows(b, t, self.kv_slots)
         new = self._host_rows(b, 1, self.router_slots)
         asked: list[Request | None] = [None] * b
         for row, work in enumerate(works):
             request, end = work.request, work.start + work.count
             self._fill(rows, row, request.tokens[work.start : end], work.start, self._table(request.pages))
             rows.expert_BT[row, : work.count] = request.experts[work.start : end]
-            last_B[row] = work.count - 1
             if work.samples:
                 asked[row] = request
                 if self._router is not None:
@@ -378,14 +384,15 @@ class Runner:
         flat_2Z, tables, live = self._passes(works, plan)
         kv = 2 * self.cfg.layer * self.cfg.kv_head * self.cfg.head_dim * self.dtype.itemsize
         self.bytes_read += kv * sum(work.start + work.count for work in works)
-        rows, last_B, flat_2Z, tables = self._put((rows, last_B, flat_2Z, tuple(tables)))
+        last = np.int32(works[0].count - 1)
+        rows, last, flat_2Z, tables = self._put((rows, last, flat_2Z, tuple(tables)))
         draw = None
         if any(asked):
             self.bytes_read += self._head_bytes
             history = sampling.host_history(asked, self.context, self.cfg.vocab)
             draw = self._put((sampling.host_rows(asked), new))
             draw = (draw[0], self._silent[b] if history is None else self._put(history), draw[1])
-        return Segment(tuple(places), shape, rows, last_B, flat_2Z, tables, live, draw)
+        return Segment(tuple(places), shape, rows, last, flat_2Z, tables, live, draw)
 
     def step(self, batch: Batch, plan: StepPlan, before_pass: Callable[[int], None] | None = None) -> Flight:
         """Enqueue a step: every pass of the plan for every segment of the batch, then sampling and the router.
@@ -415,8 +422,10 @@ class Runner:
         drawn = []
         for segment, stream in zip(segments, streams):
             if segment.draw is not None:
-                pair_2B, rest, self._router_cache = self._programs["finish", *segment.shape](
-                    self._top, self._router, self._router_cache, stream[0], segment.last_B, *segment.draw
+                (b, t), x_BTD = segment.shape, stream[0]
+                x_B1D = x_BTD if t == 1 else self._programs["last", t](x_BTD, segment.last)
+                pair_2B, rest, self._router_cache = self._programs["finish", b](
+                    self._top, self._router, self._router_cache, x_B1D, *segment.draw
                 )
                 drawn.append((segment.works, pair_2B, rest))
         samples = tuple(work.samples for work in batch.works)
