@@ -17,7 +17,7 @@ import numpy as np
 from readme_jax import flops, hf, optim, planning, sources, steps
 from readme_jax.abstract import Run
 from readme_jax.accelerators import peak_flops
-from readme_jax.alternate import AlternateConfig, ExpertPhase, RoutedBatches, RouterPhase, student_of
+from readme_jax.alternate import AlternateConfig, ExpertPhase, RouterPhase, student_of
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.data import Batches, Records
 from readme_jax.distributed import Agreement
@@ -26,6 +26,7 @@ from readme_jax.losses import HeadLoss
 from readme_jax.metrics import Metrics, Pace, read_metrics
 from readme_jax.models import backbone, experts, router
 from readme_jax.optim import OptimConfig
+from readme_jax.routed import RoutedBatches
 from readme_jax.sharding import MeshConfig, put
 from readme_jax.teacher import RecordCache
 

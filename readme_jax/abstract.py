@@ -17,7 +17,7 @@ from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss, TopK
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
-from readme_jax.routing import bucket, ladder
+from readme_jax.routing import bucket, group_rows, ladder
 from readme_jax.sharding import REPLICATED, batch_devices, expert_devices, model_devices, spec
 
 MICRO = jax.P(None, *spec("batch", "seq"))
@@ -143,7 +143,7 @@ def route_of(run: Run) -> Route:
 
 def _groups(count: int, experts: int) -> tuple[int, int]:
     """(rows, groups) that `steps.plan` makes of `count` tokens, were every expert to leave half a group empty."""
-    rows = max(32, -(-count // (2 * experts) // 32) * 32)
+    rows = group_rows(count, experts)
     return rows, bucket(-(-count // rows) + experts // 2, 1)
 
 

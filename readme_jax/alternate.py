@@ -1,10 +1,10 @@
-"""What the alternating training program needs beside the steps: config, order of phases, cache of the teacher."""
+"""What the alternating training program needs beside the steps: config, order of phases, what rules a run out."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,12 @@ from readme_jax.config import ExpertConfig, RouterConfig, free, require
 from readme_jax.data import Records
 from readme_jax.distributed import HostsConfig
 from readme_jax.labels import LabelConfig
-from readme_jax.loop import ProfileConfig, whole
-from readme_jax.metrics import Pace, extra
+from readme_jax.loop import ProfileConfig
+from readme_jax.metrics import extra
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.optim import OptimConfig, cast
-from readme_jax.sharding import MeshConfig, batch_devices, model_devices, put
-from readme_jax.steps import Tuned, Way, make_load, plan, split_tuned
+from readme_jax.sharding import MeshConfig, batch_devices, model_devices
+from readme_jax.steps import Tuned, Way, split_tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,44 +188,6 @@ class AlternateConfig:
     def ends_phase(self, tick: int) -> bool:
         """True when the step after `tick` belongs to another phase, or there is none."""
         return tick + 1 == self.total or self.at(tick)[0] != self.at(tick + 1)[0]
-
-
-class RoutedBatches:
-    """Batches of expert steps on the mesh, with the route that `way` wants.
-
-    place(tick) gives a placed batch, route(router params, ids, segments) its experts, None when there is one expert.
-    A plan of the host needs the ids there, the same on every process: those of the next step are asked for before this
-    one runs, so that the host never waits for a step. `pace` is told how long it waits for the router.
-    """
-
-    def __init__(self, place: Callable[[int], dict], route: Callable | None, experts: int, way: Way, pace: Pace):
-        self._place, self._route, self._experts, self._pace = place, route, experts, pace
-        self._load, self._first = make_load(experts), jax.jit(jnp.zeros_like)
-        self._way: Way = way
-        self._ahead: tuple[int, dict, jax.Array, jax.Array] | None = None
-
-    def take(self, tick: int, params: Any, last: bool) -> tuple[dict, jax.Array]:
-        """The batch of step `tick`, and the share of its tokens that each expert gets, float32 [E].
-
-        params: the router's; after the step that is `last` they may change.
-        """
-        batch, expert_ABT, load_E = self._ask(tick, params)
-        if self._way == "masked":
-            return batch | {"route": plan(expert_ABT, self._experts, "masked", put=lambda array: array)}, load_E
-        self._ahead = None if last else (tick + 1, *self._ask(tick + 1, params))
-        with self._pace.waiting("device"):
-            expert_ABT = jax.device_get(expert_ABT)
-        return batch | {"route": plan(expert_ABT, self._experts, self._way, put)}, load_E
-
-    def _ask(self, tick: int, params: Any) -> tuple[dict, jax.Array, jax.Array]:
-        if self._ahead is not None and self._ahead[0] == tick:
-            return self._ahead[1:]
-        batch = self._place(tick)
-        ids_ABT, segments_ABT = batch["ids"], batch["segments"]
-        with self._pace.calling():
-            expert_ABT = self._first(ids_ABT) if self._route is None else self._route(params, ids_ABT, segments_ABT)
-            load_E = self._load(expert_ABT, segments_ABT)
-            return batch, expert_ABT if self._way == "masked" else whole(expert_ABT), load_E
 
 
 def student_of(model: Params, teacher: Params, experts: ExpertPhase) -> tuple[Params, Params]:

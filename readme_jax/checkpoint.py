@@ -25,6 +25,7 @@ from readme_jax import artifacts, distributed
 from readme_jax.config import CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
+RETURNED = "returned.json"  # in the root: the run has gone back to its best checkpoint
 
 # Its threads log a traceback of what is raised to us anyway, and that we say in one line.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
@@ -49,7 +50,9 @@ class CheckpointConfig:
     window: int = 20
     """Expert steps whose mean loss stands for a checkpoint."""
     resume: Literal["newest", "best"] = "newest"
-    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones."""
+    """Which whole checkpoint an interrupted run goes on from. `best` (needs keep_best) drops the newer ones, once:
+    later starts go on from the newest, or a run that is restarted over and over would never end. A start with
+    `newest` lets the next one with `best` go back again."""
 
     def __post_init__(self):
         require(self.minutes >= 0, f"checkpoint.minutes={self.minutes} must not be negative")
@@ -74,7 +77,8 @@ class Checkpoints:
     def find(self, resume: Literal["newest", "best"] = "newest") -> int | None:
         """Step of the newest (or best) whole checkpoint, None when there is none; a warning names those skipped.
 
-        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it.
+        Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and
+        that is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
         """
         self._last = distributed.on_main(lambda: self._find(resume))
         return self._last
@@ -83,18 +87,25 @@ class Checkpoints:
         if not self._root.is_dir():
             return None
         for path in self._root.iterdir():
-            if not path.name.isdigit():  # what Orbax or `_remove` had in hand
+            if not path.name.isdigit() and path.is_dir():  # what Orbax or `_remove` had in hand
                 shutil.rmtree(path, ignore_errors=True)
+        note = self._root / RETURNED
+        if resume == "newest":
+            note.unlink(missing_ok=True)
+        back = resume == "best" and not note.is_file()
         candidates = sorted(self._steps(), reverse=True)
-        if resume == "best":
+        if back:
             scores = {step: score for step in candidates if (score := self._score(step)) is not None}
             candidates = [*sorted(scores, key=lambda step: (scores[step], -step)), *candidates]
+            back = bool(scores)
         for step in candidates:
             why = damage(self._root / str(step))
             if not why:
-                for later in self._steps():
-                    if resume == "best" and later > step:
-                        self._remove(later)
+                if back:
+                    for later in self._steps():
+                        if later > step:
+                            self._remove(later)
+                    artifacts.write_text(note, json.dumps({"step": step}))  # last: a kill before it repeats the above
                 return step
             self._damaged.add(step)
             print(f"warning: checkpoint {step} is skipped: {why}", file=sys.stderr, flush=True)

@@ -7,8 +7,13 @@ divided by the peak of the device gives MFU in the sense of PaLM (arXiv 2204.023
 
 import dataclasses
 
+import numpy as np
+
+from readme_jax import optim
 from readme_jax.alternate import ExpertPhase, RouterPhase
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
+from readme_jax.data import Batches
+from readme_jax.loop import PhaseFigures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,3 +101,18 @@ def train_flops_per_token(
         return expert_step_flops(cfg, experts, phase, seq, used)
     step = 3.0 * router_flops(router or phase.shape, experts.experts, seq)
     return step + (label_flops(cfg, experts.experts, seq) if phase.teacher == "current" else 0.0)
+
+
+def figures(
+    cfg: ModelConfig,
+    experts: ExpertConfig,
+    router: RouterConfig | None,
+    used: int,
+    phase: RouterPhase | ExpertPhase,
+    batches: Batches,
+    rounds: int,
+) -> PhaseFigures:
+    """What a run knows of a phase before it: for `loop.Watch`. used: see `train_flops_per_token`."""
+    rates = np.asarray(optim.schedule(phase.optim, max(phase.steps, 1))(np.arange(phase.steps * rounds)))
+    cost = train_flops_per_token(cfg, experts, phase, batches.seq, router=router, used=used)
+    return PhaseFigures(phase.steps, phase.batch * phase.accum * batches.seq, cost, rates, batches.index)

@@ -14,7 +14,7 @@ import numpy as np
 
 from readme_jax.config import require
 from readme_jax.data import Batches
-from readme_jax.metrics import Metrics, Pace, progress, routing_spread
+from readme_jax.metrics import Metrics, Pace, Stopwatch, progress, routing_spread
 from readme_jax.sharding import P, put_parts, spec
 
 MICRO = P(None, *spec("batch", "seq"))  # of [A, B, T]
@@ -83,23 +83,30 @@ class ProfileConfig:
 
 
 class Profiler:
-    """Traces the steps of a `ProfileConfig` into `folder`: `step` is told before each of them."""
+    """Traces the steps of a `ProfileConfig` into `folder`, from construction on where the first one is the first of
+    all; `step` is told after each. Of several processes each has a folder of its own in it, `process<number>`."""
 
     def __init__(self, config: ProfileConfig, folder: Path):
-        self._first, self._last, self._folder = config.start, config.start + config.steps, folder
-        self._count, self._on = 0, False
+        self._first, self._last, self._count, self._on = config.start, config.start + config.steps, 0, False
+        several = jax.process_count() > 1
+        self._folder = folder / f"process{jax.process_index()}" if several else folder  # hosts may have one name
+        self._begin()
 
-    def step(self) -> None:
-        """Start or stop tracing before this step."""
+    def step(self, work: Any) -> None:
+        """Start or stop tracing after a step that was enqueued and gives `work`: the last one is waited for."""
+        self._count += 1
+        if self._on and self._count == self._last:
+            jax.block_until_ready(work)
+            self.close()
+        self._begin()
+
+    def _begin(self) -> None:
         if self._count == self._first < self._last:
             jax.profiler.start_trace(str(self._folder))
             self._on = True
-        if self._count == self._last:
-            self.close()
-        self._count += 1
 
     def close(self) -> None:
-        """End a trace that is still on."""
+        """End a trace that is still on. What the device has not done by then is not in it."""
         if self._on:
             jax.profiler.stop_trace()
             self._on = False
@@ -138,7 +145,6 @@ class PhaseFigures:
 
 class Watch:
     """Logs every step one step late, so that the loop never waits for the device, and keeps the progress bars.
-
     at: step of the run -> (phase, step within it). peak: FLOP/s of all devices together, None when unknown. window:
     expert steps of `score`. silent: no bars, for processes that nobody reads.
     """
@@ -160,21 +166,36 @@ class Watch:
         self._losses = collections.deque(metrics.past("experts/loss"), maxlen=window)
         self._pending: tuple[int, dict[str, Any], dict[str, float]] | None = None
         self._bars: dict[str, Any] = {}
-        self.seconds = dict.fromkeys(phases, 0.0)
+        self._clock, self._seconds = Stopwatch(), dict.fromkeys(phases, 0.0)
+        for line in metrics.timings:
+            self._count(line["step"], line)
 
     def step(self, tick: int, values: dict[str, Any]) -> None:
         """Take what a step that was just enqueued will give, and log the one before."""
         self.flush()
         name = self._at(tick)[0]
         timing = self._pace.lap(name)
-        self.seconds[name] += timing["time/step"]
+        self._count(tick, timing)
         self._pending = (tick, values, timing)
+
+    def _count(self, tick: int, timing: dict[str, float]) -> None:
+        compiling = timing.get("time/compile", 0.0)  # older lines have none
+        self._seconds[self._at(tick)[0]] += timing["time/step"] - compiling
 
     def flush(self) -> None:
         """Log the last step: waits for the device. Must come before anything is saved."""
         pending, self._pending = self._pending, None
         if pending is not None:
             self._log(*pending)
+
+    def speeds(self, tokens: dict[str, int]) -> dict[str, Any]:
+        """For the manifest, of the steps that led here, over all starts of the run (what was computed and lost to a
+        kill is not in it): `seconds`, with all they waited for, and `tokens_per_s` of each phase's tokens, compiling
+        left out. None where timings of earlier starts are missing."""
+        known = len(self._metrics.timings) == self._metrics.resumed
+        seconds = self._clock.seconds + sum(line["time/step"] for line in self._metrics.timings)
+        rates = {n: count / self._seconds[n] if known and self._seconds[n] else None for n, count in tokens.items()}
+        return {"seconds": seconds if known else None, "tokens_per_s": rates}
 
     def score(self) -> float | None:
         """Mean expert loss of the last steps, None before the first."""

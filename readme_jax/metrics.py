@@ -8,10 +8,12 @@ import math
 import resource
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -27,7 +29,8 @@ class Metrics:
     """Append-only JSON lines keyed by a step number; on resume the lines past the restored step are dropped.
 
     `path` holds what a run computes, the same however often it was interrupted; `timing.jsonl` beside it what was
-    measured. path None writes nothing: for the processes that do not log.
+    measured. path None writes nothing: for the processes that do not log. TensorBoard hides the events that are
+    dropped; wandb goes on with the same run, and ignores the steps it has already.
     """
 
     def __init__(
@@ -37,19 +40,23 @@ class Metrics:
         tensorboard: Path | None = None,
         wandb: dict[str, Any] | None = None,
     ):
-        """tensorboard: folder for events. wandb: arguments of wandb.init. ConfigError where their extra is missing."""
+        """tensorboard: folder for events. wandb: arguments of wandb.init; the run's id is kept below its `dir`.
+        ConfigError where their extra is missing."""
         self._files, self._board, self._wandb = [], None, None
         self._kept: list[dict] = []
+        self.resumed = resume_at
+        self.timings: list[dict] = []  # lines of timing.jsonl from before that step
         if path is None:
             return
         timing = path.with_name("timing.jsonl")
         self._kept = _drop(path, resume_at)
-        _drop(timing, resume_at)
+        self.timings = _drop(timing, resume_at)
         self._files = [open(file, "a", buffering=1) for file in (path, timing)]
         if tensorboard is not None:
-            self._board = extra("tensorboard").SummaryWriter(str(tensorboard))
+            self._board = extra("tensorboard").SummaryWriter(str(tensorboard), purge_step=resume_at)
         if wandb is not None:
-            self._wandb = extra("wandb").init(**wandb)
+            library = extra("wandb")
+            self._wandb = library.init(**wandb, id=_run_id(Path(wandb["dir"]) / "wandb" / "run-id"), resume="allow")
 
     def past(self, name: str) -> list[float]:
         """Values of the steps before the one the run was resumed at."""
@@ -95,6 +102,14 @@ def extra(name: str) -> Any:
         raise ConfigError(f"{name} needs the extra: pip install 'readme-jax[{name}]'") from None
 
 
+def _run_id(path: Path) -> str:
+    """The id in a file, made at the first start."""
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        artifacts.write_text(path, uuid.uuid4().hex)
+    return path.read_text()
+
+
 def _drop(path: Path, resume_at: int) -> list[dict]:
     """Rewrite a file of lines without those from `resume_at` on, and without one that a kill cut short or that is none
     of ours."""
@@ -123,25 +138,31 @@ def routing_spread(load_E: np.ndarray) -> dict[str, float]:
 
 
 class Pace:
-    """Where the wall time of a loop goes: waiting for data, waiting for the device, saving; the rest is host work.
+    """Where the wall time of a loop goes: waiting for data, for the device, saving, compiling; the rest is host work.
 
     `lap` closes a step and gives its figures: seconds, shares and percentiles over the last `window` steps of the same
-    kind. The first of a kind, which compiles, is left out of them. inline: a program may run inside its call (CPU), so
-    that calls count as device; the host's own part of a call, about half a millisecond, is then counted there too.
+    kind, without what was saved and compiled meanwhile. The first of a kind is left out of them: no step of its kind is
+    waited for in it. inline: a program may run inside its call (CPU), so that calls count as device; the host's own
+    part of a call, about half a millisecond, is then counted there too.
     """
 
     def __init__(self, window: int = 100, inline: bool = False):
         self._inline = inline
         self._start, self._waited = time.perf_counter(), collections.defaultdict(float)
         self._laps: dict[str, collections.deque] = {}
-        self._window = window
+        self._window, self._within = window, False
 
     @contextlib.contextmanager
     def waiting(self, why: str) -> Iterator[None]:
-        """Time of the block counts as waiting for `data`, `device` or `save`."""
-        start = time.perf_counter()
-        yield
-        self._waited[why] += time.perf_counter() - start
+        """Time of the block counts as waiting for `data`, `device`, `save` or `compile`; of blocks in a block, as the
+        outer one's."""
+        start, within, self._within = time.perf_counter(), self._within, True
+        try:
+            yield
+        finally:
+            self._within = within
+            if not within:
+                self._waited[why] += time.perf_counter() - start
 
     def calling(self) -> contextlib.AbstractContextManager[None]:
         """For a block that starts programs of the device."""
@@ -151,7 +172,7 @@ class Pace:
         """Seconds of the step that ends here, and the shares of the last steps of its kind."""
         now, wait = time.perf_counter(), self._waited
         seconds, self._start, self._waited = now - self._start, now, collections.defaultdict(float)
-        lap = (seconds - wait["save"], wait["data"], wait["device"])
+        lap = (seconds - wait["save"] - wait["compile"], wait["data"], wait["device"])
         first = kind not in self._laps
         laps = self._laps.setdefault(kind, collections.deque(maxlen=self._window))
         if not first:
@@ -161,6 +182,7 @@ class Pace:
         return {
             "time/step": seconds,
             "time/save": wait["save"],
+            "time/compile": wait["compile"],
             "time/step_p50": float(np.percentile(step_N, 50)),
             "time/step_p95": float(np.percentile(step_N, 95)),
             "time/data_wait_share": float(data_N.sum() / total),
@@ -184,6 +206,11 @@ def progress(total: int, name: str, unit: str = "tok", initial: int = 0, silent:
     )
 
 
+def say(text: str) -> None:
+    """A line on stderr, above the bars."""
+    tqdm.write(text, file=sys.stderr)
+
+
 def layers(items: Iterable[int], name: str) -> Iterator[int]:
     """The items one by one under a progress bar that counts layers."""
     items = list(items)
@@ -193,8 +220,21 @@ def layers(items: Iterable[int], name: str) -> Iterator[int]:
             bar.update()
 
 
+def peak_memory() -> dict[str, Any]:
+    """`peak_memory_gb`, GB (10^9 bytes), and `peak_memory_of`, what it is of.
+
+    `device`: bytes in use at their peak since the start of this process, of its device with the most, where the backend
+    counts them (GPU, TPU). Else `host`: `peak_memory_gb()`.
+    """
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [own["peak_bytes_in_use"] for own in stats if "peak_bytes_in_use" in own]
+    if peaks:
+        return {"peak_memory_gb": max(peaks) / 1e9, "peak_memory_of": "device"}
+    return {"peak_memory_gb": peak_memory_gb(), "peak_memory_of": "host"}
+
+
 def peak_memory_gb() -> float:
-    """Peak resident memory since `reset_peak_memory` (Linux) or the start of this process, GB (10^9 bytes)."""
+    """Peak resident memory of the host process since `reset_peak_memory` (Linux) or its start, GB (10^9 bytes)."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):

@@ -22,7 +22,8 @@ The dict (every number finite; NumPy scalars and arrays are turned into plain Py
     curves   {static_tuned, routed_tuned, router: [[step, loss], ...]}   training losses, each may be empty
     strip    [[piece: str, expert: int], ...]   a held-out text, token by token, with the expert of each token
     samples  [{prompt: str, arm: str, ...}]     arms among `dense, static_tuned, routed_tuned`
-    stages   {stage: {seconds, tokens, tokens_per_s, peak_memory_gb}}    None where a stage has no such figure
+    stages   {stage: {seconds, tokens, tokens_per_s, peak_memory_gb}}    None where a stage has no such figure;
+                                                                         memory is that of the host's process
     export   {folder: str, checks: {name: bool | number | str | None | {ok: bool, value*, rule*: str}}}
     versions {package: str}
     config   {...}                              the resolved configuration, JSON-able

@@ -296,8 +296,8 @@ def _run(report: dict) -> str:
     peak = max((s["peak_memory_gb"] or 0.0 for s in report["stages"].values()), default=0.0)
     stages = section(
         "Stages",
-        table(["Stage", "Seconds", "Tokens", "Tokens / s", "Peak memory, GB"], rows, "stages"),
-        f"{total / 60:.1f} minutes in all, peak {peak:.2f} GB.",
+        table(["Stage", "Seconds", "Tokens", "Tokens / s", "Peak host memory, GB"], rows, "stages"),
+        f"{total / 60:.1f} minutes in all, peak {peak:.2f} GB of host memory.",
     )
     checks = []
     for name, check in report["export"]["checks"].items():

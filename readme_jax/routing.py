@@ -3,6 +3,7 @@
 Expert ids are known before the backbone runs, so one plan serves all layers.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -10,6 +11,8 @@ import numpy as np
 from readme_jax.config import require
 
 RUNGS = 24  # of a ladder, and so programs that one batch shape may compile
+PREPARED = 12  # of them that are compiled ahead, at most
+MARGIN = 3  # rungs above what was seen that are
 
 
 def membership(experts_LEC: np.ndarray, width: int) -> np.ndarray:
@@ -51,6 +54,18 @@ def group(expert_M: np.ndarray, experts: int, rows: int) -> tuple[np.ndarray, np
     return source_PR.reshape(total, rows), expert_P, row_M
 
 
+def group_rows(tokens: int, experts: int) -> int:
+    """Rows of a group for `tokens` tokens: 1/(2E) of them keeps padding below half of an expert's share and the groups
+    few."""
+    return max(32, -(-tokens // (2 * experts) // 32) * 32)
+
+
+def group_counts(tokens: int, experts: int, rows: int) -> list[int]:
+    """All numbers of groups that `group` can make of `tokens` tokens, ascending."""
+    most = (tokens + experts * (rows - 1)) // rows  # every expert leaves all of a group but a row empty
+    return sorted({bucket(count, 1) for count in range(-(-tokens // rows), most + 1)})
+
+
 class Exchange(NamedTuple):
     """How the tokens of a batch reach their experts and come back: host arrays, int32, see `models.parallel.Parallel`
     for what each holds.
@@ -88,6 +103,24 @@ def ladder(tokens: int, peers: int) -> tuple[int, ...]:
     return tuple(sorted(rungs | up(np.geomspace(skewed, tokens, RUNGS - len(rungs) + 1)[1:])))
 
 
+def likely(needs: list[int], tokens: int, peers: int) -> tuple[int, ...]:
+    """The sizes to compile ahead, ascending, by what some batches need (`largest_pair`): from the rung of the smallest
+    need to MARGIN rungs above that of the largest; where these are more than PREPARED, that many of them, evenly."""
+    sizes = ladder(tokens, peers)
+    low, high = np.searchsorted(sizes, [min(needs), max(needs)])
+    high = min(high + MARGIN, len(sizes) - 1)
+    chosen = np.linspace(low, high, min(high - low + 1, PREPARED)).round().astype(int)
+    return tuple(sizes[rung] for rung in chosen)
+
+
+def largest_pair(expert_ABT: np.ndarray, experts: int, *, data: int, peers: int) -> int:
+    """Rows that the most loaded pair of devices exchanges in a batch of host expert ids (see `exchange`)."""
+    n = expert_ABT.shape[0] * data * peers
+    owner_NM = expert_ABT.reshape(n, -1) // (experts // peers)
+    flat_NM = owner_NM + np.arange(0, n * peers, peers)[:, None]
+    return int(np.bincount(flat_NM.ravel()).max())
+
+
 def block_rows(rows: int, local: int) -> int:
     """Rows R of the blocks into which a device groups `rows` received rows of `local` experts.
 
@@ -111,13 +144,20 @@ def exchange_shapes(shape_ABT: tuple[int, int, int], experts: int, *, data: int,
 
 
 def exchange(
-    expert_ABT: np.ndarray, experts: int, *, data: int = 1, peers: int = 1, rows: int | None = None
+    expert_ABT: np.ndarray,
+    experts: int,
+    *,
+    data: int = 1,
+    peers: int = 1,
+    rows: int | None = None,
+    compiled: Sequence[int] = (),
 ) -> Exchange:
     """The plan of `parallel` experts for a batch of host expert ids, the same for all layers; nothing is dropped.
 
     Batch rows lie on the devices of (data, expert) in order, and device x of the `expert` axis holds experts
-    x * E / X to (x + 1) * E / X - 1. `rows` asks for at least this rung of the ladder. ConfigError when the experts
-    are no multiple of `peers`, the batch none of data * peers, or an id is no expert.
+    x * E / X to (x + 1) * E / X - 1. `rows` asks for at least this rung of the ladder. Of the sizes `compiled`
+    (ascending) the first that suffices is taken, and where none does the ladder's. ConfigError when the experts are no
+    multiple of `peers`, the batch none of data * peers, or an id is no expert.
     """
     a, b, t = expert_ABT.shape
     check_split(experts, peers)
@@ -130,8 +170,8 @@ def exchange(
     flat_NM = id_NM + np.arange(0, n * experts, experts, dtype=np.int32)[:, None]
     count_NE = np.bincount(flat_NM.ravel(), minlength=n * experts).astype(np.int32).reshape(n, experts)
     pair_NX = count_NE.reshape(n, peers, local).sum(-1, dtype=np.int32)
-    sizes = ladder(m, peers)
-    size = sizes[np.searchsorted(sizes, max(int(pair_NX.max()), rows or 0))]
+    need = max(int(pair_NX.max()), rows or 0)
+    size = next(size for size in (*compiled, *ladder(m, peers)) if size >= need)
     shapes = exchange_shapes(expert_ABT.shape, experts, data=data, peers=peers, rows=size)
     # ---- a token of rank r among those sorted by expert takes row r - (first rank of its device) of its device's rows
     device_N = np.arange(n, dtype=np.int32)

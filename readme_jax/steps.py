@@ -6,7 +6,7 @@ and is never differentiated or donated. Microbatches are summed by `lax.scan` an
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,7 +21,7 @@ from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Parallel
-from readme_jax.routing import exchange, group
+from readme_jax.routing import exchange, group, group_rows
 from readme_jax.sharding import batch_devices, expert_devices
 
 Tuned = Literal["all", "ffn"]
@@ -206,24 +206,27 @@ def make_load(experts: int):
 
 
 def plan(
-    expert_ABT: np.ndarray | jax.Array, experts: int, way: Way, put: Callable[..., Any] | None = None
+    expert_ABT: np.ndarray | jax.Array,
+    experts: int,
+    way: Way,
+    put: Callable[..., Any] | None = None,
+    compiled: Sequence[int] = (),
 ) -> Masked | Grouped | Parallel:
     """Route of a batch from expert ids [A, B, T]: stacked over microbatches, ready for the expert step.
 
     `grouped` and `parallel` need ids of the host; `parallel` plans for the current mesh, and its put(array, spec)
-    takes a PartitionSpec too.
+    takes a PartitionSpec too. compiled: of `parallel`, sizes to prefer (`routing.exchange`).
     """
     if way == "masked":
         return Masked((put or jnp.asarray)(expert_ABT))
     expert_ABT = np.asarray(expert_ABT)
     if way == "parallel":
         peers = expert_devices()
-        plans = exchange(expert_ABT, experts, data=batch_devices() // peers, peers=peers)
+        plans = exchange(expert_ABT, experts, data=batch_devices() // peers, peers=peers, compiled=compiled)
         return parallel.place(plans, put or sharding.put)
     put = put or jnp.asarray
     flat_AM = expert_ABT.reshape(expert_ABT.shape[0], -1)
-    # 1/(2E) of the tokens a group keeps padding below half of an expert's share and the groups few
-    rows = max(32, -(-flat_AM.shape[1] // (2 * experts) // 32) * 32)
+    rows = group_rows(flat_AM.shape[1], experts)
     plans = [group(expert_M, experts, rows) for expert_M in flat_AM]
     width = max(source.shape[0] for source, _, _ in plans)
     empty = flat_AM.shape[1]

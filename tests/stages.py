@@ -5,6 +5,7 @@ import functools
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -96,6 +97,12 @@ def stages(tmp_path_factory) -> Stages:
             _build(found)
             (found.root / "done").touch()
     return found
+
+
+def jitted(function, like=None):
+    """A plain function in the place of a jitted one: compiled ahead as `like`, or, for nothing, not at all."""
+    function.lower = getattr(like, "lower", lambda *_: SimpleNamespace(compile=lambda: None))
+    return function
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:

@@ -126,7 +126,42 @@ def test_the_newest_and_the_best_are_kept(tmp_path, mesh):
     again.save(8, phases(8), None)
     again.save(9, phases(8), None)
     again.close()
-    assert on_disk(root) == [5, 8, 9] and again.find("best") == 5
+    assert on_disk(root) == [5, 8, 9] and again.find() == 9 and again.find("best") == 5
+
+
+def test_a_run_goes_back_to_its_best_once(tmp_path, mesh):
+    """Restarted over and over with the same command, each start a little further than the one before."""
+    root, began = tmp_path / "c", []
+    options = {"keep": 2, "keep_best": 1}
+    assert Checkpoints(root, **options).find("best") is None
+    saved(root, 1, **options)
+    assert Checkpoints(root, **options).find("best") == 1, "no score yet: the newest"
+    checkpoints = Checkpoints(root, **options)
+    for step, score in ((2, 1.0), (3, 2.0), (4, 2.5)):
+        checkpoints.save(step, phases(step), score)
+    checkpoints.close()
+    for _ in range(4):
+        start = Checkpoints(root, **options)
+        began.append(start.find("best"))
+        start.save(began[-1] + 1, phases(), 3.0)
+        start.close()
+    assert began == [2, 3, 4, 5]
+    assert Checkpoints(root, **options).find() == 6, "asked for the newest, it forgets that it went back"
+    assert Checkpoints(root, **options).find("best") == 2 and on_disk(root) == [2]
+
+
+def test_a_kill_while_it_goes_back_costs_nothing(tmp_path, mesh, monkeypatch):
+    root, options = tmp_path / "c", {"keep": 3, "keep_best": 1}
+    checkpoints = Checkpoints(root, **options)
+    for step, score in ((2, 1.0), (3, 2.0), (4, 2.5)):
+        checkpoints.save(step, phases(step), score)
+    checkpoints.close()
+    for owner, name in ((checkpoint.os, "rename"), (checkpoint.artifacts, "write_text")):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                Checkpoints(root, **options).find("best")
+    assert Checkpoints(root, **options).find("best") == 2 and on_disk(root) == [2]
 
 
 def cut(folder, name="d"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from processes import ended, start, weights
 
+from readme_jax import carve as carving
 from readme_jax.metrics import read_metrics
 
 RUN = {
@@ -143,6 +144,33 @@ def test_sigterm_saves_and_leaves_with_its_code(runs, stages, tmp_path):
     assert ended(start(*command, **options)) == [0, 0]
     a, b = weights(root / "whole"), weights(tmp_path / "out")
     assert [n for n in a if not np.array_equal(a[n], b[n])] == []
+
+
+@pytest.mark.slow
+def test_parallel_experts_of_two_processes(stages, tmp_path):
+    """Both compile the same programs in the same order; one is killed, and the run ends bit-equal."""
+    separate, cache = tmp_path / "separate", str(tmp_path / "compiled")
+    carving.to_separate(stages.tuned, separate)
+    run = {"model": separate, "router__steps": 0, "experts__kd_weight": 0.0, "experts__ce_weight": 1.0}
+    run |= {"experts__steps": 6, "experts__batch": 6, "experts__way": "parallel", "checkpoint__steps": 2}
+    run |= {"mesh": {"data": 2, "expert": 3}}
+
+    def go(out, logs):
+        config = stages.yaml("alternate", tmp_path / out, **run)
+        return start("alternate", "--config", config, logs=tmp_path / logs, cache=cache, **(TWO | {"devices": 3}))
+
+    assert ended(go("whole", "whole.log")) == [0, 0], said(tmp_path / "whole.log", 0)
+    assert any(line.startswith("compile: 100%") for line in said(tmp_path / "whole.log", 0))
+    assert said(tmp_path / "whole.log", 1) == []
+    running = go("killed", "one.log")
+    until(tmp_path / ".killed.partial/checkpoints/2/whole.json", running)
+    running[1].kill()
+    assert ended(running) == [76, -signal.SIGKILL]
+    assert ended(go("killed", "last.log")) == [0, 0], said(tmp_path / "last.log", 0)
+    assert any(line.startswith("resumed at step") for line in said(tmp_path / "last.log", 0))
+    a, b = weights(tmp_path / "whole"), weights(tmp_path / "killed")
+    assert [n for n in a if not np.array_equal(a[n], b[n])] == []
+    assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
 
 
 def test_bad_input_is_one_line_of_each(stages, tmp_path):

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from readme_jax import loop
+from readme_jax import loop, metrics
 from readme_jax.config import ConfigError
 from readme_jax.data import Batches, Records
 from readme_jax.loop import Ahead, PhaseFigures, ProfileConfig, Profiler, Timer, Watch, place_batch
@@ -113,26 +113,74 @@ def test_a_loss_that_is_not_finite_names_step_and_records(tmp_path, mesh, monkey
     assert sys.stderr.getvalue() == ""
 
 
+def test_figures_of_the_manifest_are_of_all_starts(tmp_path, mesh, monkeypatch):
+    """Two starts, the second from step 2 of 4; then one whose earlier timings are gone."""
+    path, now = tmp_path / "metrics.jsonl", [0.0]
+    for module in (loop.time, metrics.time):
+        monkeypatch.setattr(module, "perf_counter", lambda: now[0])
+
+    def begun(resumed):
+        phase = PhaseFigures(2, 100, 3e9, np.zeros(4), lambda step: np.array([step]))
+        at = {0: ("router", 0), 1: ("experts", 0), 2: ("router", 1), 3: ("experts", 1)}.get
+        log, pace = Metrics(path, resumed), Pace()
+        phases = {"router": phase, "experts": phase}
+        return Watch(log, pace, phases, at, 2, peak=None, window=2, silent=True), pace
+
+    def steps(own, pace, ticks):
+        for tick in ticks:
+            with pace.waiting("compile"):
+                now[0] += 50 if tick == ticks[0] else 0
+            now[0] += 2 + tick
+            own.step(tick, {"loss": put(np.float32(1)), "load": put(np.ones(2, np.float32))})
+        own.flush()
+
+    own, pace = begun(0)
+    steps(own, pace, range(3))  # the last one is lost
+    own.close()
+    own, pace = begun(2)
+    steps(own, pace, range(2, 4))
+    assert own.speeds({"router": 60, "experts": 80}) == {
+        "seconds": (50 + 2 + 3) + (50 + 4 + 5), "tokens_per_s": {"router": 60 / (2 + 4), "experts": 80 / (3 + 5)},
+    }  # fmt: skip
+    own.close()
+    (tmp_path / "timing.jsonl").unlink()
+    own, pace = begun(3)
+    steps(own, pace, range(3, 4))
+    assert own.speeds({"experts": 80}) == {"seconds": None, "tokens_per_s": {"experts": None}}
+    own.close()
+
+
 def test_profiler_traces_its_window(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: told.append(folder))
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", lambda folder: told.append("start"))
     monkeypatch.setattr(loop.jax.profiler, "stop_trace", lambda: told.append("stop"))
+    monkeypatch.setattr(loop.jax, "block_until_ready", lambda work: told.append(f"wait {work}"))
     for config, expected in (
-        (ProfileConfig(), []),
-        (ProfileConfig(steps=2, start=1), [1, 3]),
-        (ProfileConfig(steps=9, start=3), [3, "end"]),
+        (ProfileConfig(), "0 1 2 3 4"),
+        (ProfileConfig(steps=2, start=1), "0 start 1 2 wait 2 stop 3 4"),
+        (ProfileConfig(steps=2, start=0), "start 0 1 wait 1 stop 2 3 4"),
+        (ProfileConfig(steps=9, start=3), "0 1 2 start 3 4 stop"),
     ):
-        profiler, seen = Profiler(config, tmp_path), []
+        profiler = Profiler(config, tmp_path)
         for step in range(5):
-            profiler.step()
-            seen += [step] * len(told)
-            told.clear()
+            told.append(str(step))
+            profiler.step(step)
         profiler.close()
-        assert seen + ["end"] * len(told) == expected
+        assert " ".join(told) == expected
         told.clear()
     for fields in ({"steps": -1}, {"start": -1}):
         with pytest.raises(ConfigError, match="must not be negative"):
             ProfileConfig(**fields)
+
+
+@pytest.mark.parametrize("count, folder", [(1, "trace"), (2, "trace/process1")])
+def test_each_process_traces_into_a_folder_of_its_own(tmp_path, monkeypatch, count, folder):
+    told = []
+    monkeypatch.setattr(loop.jax, "process_count", lambda: count)
+    monkeypatch.setattr(loop.jax, "process_index", lambda: count - 1)
+    monkeypatch.setattr(loop.jax.profiler, "start_trace", told.append)
+    Profiler(ProfileConfig(steps=1, start=0), tmp_path / "trace")
+    assert told == [str(tmp_path / folder)]
 
 
 def test_timer(monkeypatch):

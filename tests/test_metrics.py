@@ -1,6 +1,7 @@
 """Metrics on disk, the bar, timings and memory."""
 
 import io
+import struct
 import sys
 import time
 
@@ -9,7 +10,15 @@ import pytest
 
 from readme_jax import accelerators, metrics
 from readme_jax.config import ConfigError
-from readme_jax.metrics import Metrics, NonFiniteError, peak_memory_gb, progress, read_metrics, reset_peak_memory
+from readme_jax.metrics import (
+    Metrics,
+    NonFiniteError,
+    peak_memory,
+    peak_memory_gb,
+    progress,
+    read_metrics,
+    reset_peak_memory,
+)
 
 
 def test_a_line_a_step_and_nothing_twice_after_a_kill(tmp_path):
@@ -72,7 +81,7 @@ def test_what_is_measured_lies_apart(tmp_path):
 def test_wandb_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r"readme-jax\[wandb\]"):
-        Metrics(tmp_path / "m.jsonl", wandb={"project": "p"})
+        Metrics(tmp_path / "m.jsonl", wandb={"project": "p", "dir": str(tmp_path)})
 
     class Run:
         logged, finish = [], lambda self: self.logged.append("finished")
@@ -82,11 +91,16 @@ def test_wandb_is_an_extra(tmp_path, monkeypatch):
 
     library = type(sys)("wandb")
     monkeypatch.setitem(sys.modules, "wandb", library)
-    monkeypatch.setattr(library, "init", lambda project: Run.logged.append(project) or Run(), raising=False)
-    log = Metrics(tmp_path / "m.jsonl", wandb={"project": "p"})
-    log.log(4, {"loss": 0.5}, {"time/step": 2.0})
-    log.close()
-    assert Run.logged == ["p", ({"loss": 0.5, "time/step": 2.0}, 4), "finished"]
+    monkeypatch.setattr(library, "init", lambda **said: Run.logged.append(said) or Run(), raising=False)
+    for folder in ("a", "a", "b"):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        log = Metrics(tmp_path / folder / "m.jsonl", wandb={"project": "p", "dir": str(tmp_path / folder)})
+        log.log(4, {"loss": 0.5}, {"time/step": 2.0})
+        log.close()
+    assert Run.logged[1:3] == [({"loss": 0.5, "time/step": 2.0}, 4), "finished"]
+    first, again, other = Run.logged[::3]
+    assert first | {"id": ""} == {"project": "p", "dir": str(tmp_path / "a"), "id": "", "resume": "allow"}
+    assert again == first and len(first["id"]) == 32 and other["id"] != first["id"], "a folder is one run"
 
 
 def test_spread_of_the_load():
@@ -120,6 +134,15 @@ def test_pace_divides_the_time_of_a_step(monkeypatch):
     with pace.calling():
         spend(4.0)
     assert pace.lap("experts")["time/host_share"] == pytest.approx(7 / 24), "starting a program is the host's work"
+    with pace.waiting("compile"):
+        spend(30.0)
+        with pace.waiting("device"):
+            spend(6.0)
+    with pace.waiting("device"):
+        spend(10.0)
+    figures = pace.lap("experts")
+    assert figures["time/step"] == 46 and figures["time/compile"] == 36, "all of it is the outer one's"
+    assert figures["time/step_p50"] == 10 and figures["time/step_p95"] <= 10 and figures["time/host_share"] < 7 / 24
     pace = metrics.Pace(inline=True)
     with pace.calling():
         spend(4.0)
@@ -143,8 +166,9 @@ def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
     written = []
 
     class Writer:
-        def __init__(self, folder):
+        def __init__(self, folder, purge_step):
             self.folder = folder
+            written.append(purge_step)
 
         def add_scalar(self, *entry):
             written.append((self.folder, *entry))
@@ -154,10 +178,41 @@ def test_tensorboard_is_an_extra(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "tensorboardX", type(sys)("tensorboardX"))
     monkeypatch.setattr(sys.modules["tensorboardX"], "SummaryWriter", Writer, raising=False)
-    log = Metrics(tmp_path / "m.jsonl", tensorboard=tmp_path / "events")
+    log = Metrics(tmp_path / "m.jsonl", 2, tensorboard=tmp_path / "events")
     log.log(2, {"loss": 0.5})
     log.close()
-    assert written == [(str(tmp_path / "events"), "loss", 0.5, 2), "closed"]
+    assert written == [2, (str(tmp_path / "events"), "loss", 0.5, 2), "closed"]
+
+
+def events(folder):
+    """{tag: {step: [value]}} that TensorBoard shows of a folder: a start of a writer hides what lies at its step and
+    after it (`EventAccumulator` of TensorBoard does so from file version 2 on)."""
+    from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+    shown = {}
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:  # records: length, its checksum, the event, its checksum
+            (size,) = struct.unpack("<Q", data[:8])
+            event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+            if event.session_log.status == SessionLog.START:
+                shown = {tag: {s: v for s, v in own.items() if s < event.step} for tag, own in shown.items()}
+            for value in event.summary.value:
+                shown.setdefault(value.tag, {}).setdefault(event.step, []).append(value.simple_value)
+    return shown
+
+
+def test_tensorboard_shows_a_resumed_run_once(tmp_path):
+    """Against the real writer, two starts: the second goes on from step 3 of 5."""
+    pytest.importorskip("tensorboardX")
+    for resumed, steps, loss in ((0, range(5), 1.0), (3, range(3, 6), 2.0)):
+        log = Metrics(tmp_path / "m.jsonl", resumed, tensorboard=tmp_path / "events")
+        for step in steps:
+            log.log(step, {"loss": loss})
+        log.close()
+        for path in (tmp_path / "events").glob("events.*"):  # named after the second: another one for each start
+            path.rename(path.with_name(f"{resumed}.{path.name}"))
+    assert events(tmp_path / "events") == {"loss": {s: [1.0 if s < 3 else 2.0] for s in range(6)}}
 
 
 def test_bar_starts_where_a_resumed_stage_is(monkeypatch):
@@ -167,6 +222,19 @@ def test_bar_starts_where_a_resumed_stage_is(monkeypatch):
         assert (bar.n, bar.total) == (60, 100)
         assert bar.mininterval == 30.0, "a line every 30 s where there is no terminal"
     assert "train" in sys.stderr.getvalue() and "60.0/100" in sys.stderr.getvalue()
+
+
+def test_peak_memory_is_of_the_device_where_it_is_counted(monkeypatch):
+    host = peak_memory()
+    assert host["peak_memory_of"] == "host" and 0.05 < host["peak_memory_gb"] <= peak_memory_gb()
+
+    class Device:
+        def __init__(self, stats):
+            self.memory_stats = lambda: stats
+
+    stats = [{"bytes_in_use": 9}, {"peak_bytes_in_use": 3_000_000_000, "bytes_in_use": 5}, {"peak_bytes_in_use": 7}]
+    monkeypatch.setattr(metrics.jax, "local_devices", lambda: [Device(own) for own in [None, *stats]])
+    assert peak_memory() == {"peak_memory_gb": 3.0, "peak_memory_of": "device"}
 
 
 def test_peak_memory_and_time():

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import sizes
 import yaml
+from stages import jitted
 
 from readme_jax import flops, hf, placement, planning, steps
 from readme_jax.alternate import AlternateConfig
@@ -177,7 +178,7 @@ def test_resident_memory_is_what_the_program_places(stages, tmp_path, monkeypatc
                     raise InterruptedError
                 return args[0], {"loss": 0.0, "load": np.ones(7)}
 
-            return step
+            return jitted(step)
 
         monkeypatch.setattr(steps, f"make_{name.removesuffix('s')}_step", make)
 

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
-from stages import ONE, differing, weights
+from stages import ONE, differing, jitted, weights
 
-from readme_jax import api, artifacts, cli, loop
+from readme_jax import api, artifacts, cli, loop, routing
 from readme_jax import carve as carving
 from readme_jax.alternate import AlternateConfig
 from readme_jax.checkpoint import Checkpoints
@@ -53,9 +53,29 @@ def calls_at(monkeypatch, owner, name, call, what):
                 what()
             return function(*args)
 
-        return counted
+        return jitted(counted, function)
 
     monkeypatch.setattr(owner, name, made)
+
+
+@contextlib.contextmanager
+def nothing_compiles(monkeypatch):
+    """What XLA is asked for while `train` runs its loop: after what it compiles ahead, before the result."""
+    names, within = [], []
+
+    def heard(name, seconds, fun_name="", **_):
+        saves = fun_name == "jit(slice)"  # Orbax, of what several devices hold
+        if within and name == "/jax/core/compile/backend_compile_duration" and not saves:
+            names.append(fun_name)
+
+    profiler, write = alternate.Profiler, alternate.write
+    with monkeypatch.context() as patch:
+        patch.setattr(alternate, "Profiler", lambda *args: within.append(1) or profiler(*args))
+        patch.setattr(alternate, "write", lambda *args: within.clear() or write(*args))
+        jax.monitoring.register_event_duration_secs_listener(heard)
+        yield
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert names == []
 
 
 def test_results(stages):
@@ -179,9 +199,10 @@ def test_bfloat16_and_the_likeliest_tokens_killed_anywhere_end_bit_equal(stages,
     assert 0.02 * kl < part < kl, "of 33 classes in place of 384"
 
 
-def test_all_tokens_from_the_disk_are_the_dense_teacher(stages, tmp_path):
+def test_all_tokens_from_the_disk_are_the_dense_teacher(stages, tmp_path, monkeypatch):
     """With K = V nothing is left out: the run of the teacher on the device, in other arithmetic."""
-    out = stages.alternate(tmp_path / "out", experts__teacher_topk=384, experts__accum=2, experts__batch=1)
+    with nothing_compiles(monkeypatch):
+        out = stages.alternate(tmp_path / "out", experts__teacher_topk=384, experts__accum=2, experts__batch=1)
     for key in ("experts/kl", "experts/loss", "experts/grad_norm", "router/loss"):
         assert logged(out, key) == pytest.approx(logged(stages.tuned, key), rel=1e-3), key
 
@@ -208,7 +229,7 @@ def test_no_teacher_on_the_device_that_nothing_asks(stages, tmp_path, monkeypatc
             seen.append((len(gates) // 3, inputs[2] is not None))  # gate, up and down have one shape
             return step(*inputs)
 
-        return counted
+        return jitted(counted, step)
 
     monkeypatch.setattr(alternate.steps, "make_expert_step", spy)
     monkeypatch.setattr(Checkpoints, "save", lambda *_: None)  # what is being written is alive as well
@@ -225,9 +246,16 @@ def test_checkpoints_within_a_phase(stages, tmp_path, monkeypatch, capsys):
             with pytest.raises(Killed):
                 stages.alternate(out, checkpoint__minutes=1e-9)
         assert (f"resumed at step {resumed} of 8" in capsys.readouterr().out) == (resumed is not None)
-    stages.alternate(out, checkpoint__minutes=1e-9)
+    with nothing_compiles(monkeypatch):
+        stages.alternate(out, checkpoint__minutes=1e-9)
     assert differing(out, stages.tuned) == set()
     assert (out / "metrics.jsonl").read_text() == (stages.tuned / "metrics.jsonl").read_text()
+    timing, info = read_metrics(out / "timing.jsonl"), artifacts.read_manifest(out)["info"]
+    assert [line["step"] for line in timing] == list(range(8)), "of three starts"
+    spent = sum(line["time/step"] - line["time/compile"] for line in timing if line["step"] % 4 < 2)
+    assert info["tokens_per_s"]["router"] == pytest.approx(4 * 2 * 32 / spent), "over all starts"
+    assert info["seconds"] > sum(line["time/step"] for line in timing)
+    assert timing[0]["time/compile"] > 0 and not any(line["time/compile"] for line in timing if line["step"] in (1, 2))
     with pytest.raises(ArtifactError, match="belongs to another run .*seed=0 there, 1 here"):
         stages.alternate(out, checkpoint__minutes=1e-9, seed=1)
 
@@ -302,7 +330,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, 
             phase, values = step(*args)
             return phase, values | ({"loss": values["loss"] * np.float32("nan")} if next(count) == 1 else {})
 
-        return run
+        return jitted(run, step)
 
     monkeypatch.setattr(alternate.steps, "make_expert_step", poisoned)
     monkeypatch.setattr(alternate.jax, "transfer_guard_host_to_device", lambda _: contextlib.nullcontext())
@@ -368,8 +396,9 @@ def logged(folder, key):
     return {line["step"]: line[key] for line in read_metrics(folder / "metrics.jsonl") if key in line}
 
 
-def test_grouped_with_remat_equals_masked(stages, tmp_path):
-    out = stages.alternate(tmp_path / "grouped", rounds=1, experts__way="grouped", experts__remat="full")
+def test_grouped_with_remat_equals_masked(stages, tmp_path, monkeypatch):
+    with nothing_compiles(monkeypatch):
+        out = stages.alternate(tmp_path / "grouped", rounds=1, experts__way="grouped", experts__remat="full")
     for key in ("router/loss", "experts/loss", "experts/kl", "experts/grad_norm"):
         whole = logged(stages.tuned, key)
         assert logged(out, key).keys() == whole.keys() & {0, 1, 2, 3}
@@ -386,8 +415,9 @@ def test_static_model_and_ffn_only(stages, tmp_path):
     assert model.router_config is None and model.route([[1, 2, 3]]).tolist() == [[0, 0, 0]]
 
 
-def test_current_teacher_labels_on_the_fly(stages, tmp_path):
-    out = stages.alternate(tmp_path / "current", router__teacher="current")
+def test_current_teacher_labels_on_the_fly(stages, tmp_path, monkeypatch):
+    with nothing_compiles(monkeypatch):
+        out = stages.alternate(tmp_path / "current", router__teacher="current")
     original, current = logged(stages.tuned, "router/loss"), logged(out, "router/loss")
     assert [current[t] for t in (0, 1)] == pytest.approx([original[t] for t in (0, 1)], rel=1e-6)
     # from the second round on the labels are of the tuned model
@@ -442,19 +472,53 @@ def test_separate_storage(stages, tmp_path):
     assert np.abs(tuned.logits(ids) - apart.logits(ids)).max() > 1e-3
 
 
-def test_parallel_experts_are_masked_ones(stages, tmp_path):
+APART = {"router__steps": 0, "experts__kd_weight": 0.0, "experts__ce_weight": 1.0, "experts__batch": 6}
+APART |= {"experts__accum": 2}
+SIX = {"experts__way": "parallel", "mesh__data": 2, "mesh__expert": 3}
+
+
+@pytest.fixture
+def hasty():
+    """Programs of six devices that run for a moment: most of the time goes into compiling them well."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def test_parallel_experts_are_masked_ones(stages, tmp_path, monkeypatch, hasty):
     """Three experts on three devices, two batches of them: what one device gets, in fewer channels a token."""
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
-    run = {"model": separate, "router__steps": 0, "experts__kd_weight": 0.0, "experts__ce_weight": 1.0}
-    run |= {"experts__batch": 6, "experts__accum": 2}
-    one = stages.alternate(tmp_path / "one", **run)
-    mesh = {"mesh__data": 2, "mesh__expert": 3}
-    many = stages.alternate(tmp_path / "many", **run, experts__way="parallel", **mesh)
+    one = stages.alternate(tmp_path / "one", model=separate, **APART)
+    with nothing_compiles(monkeypatch):
+        many = stages.alternate(tmp_path / "many", model=separate, **APART, **SIX)
     for key in ("experts/loss", "experts/grad_norm"):
         assert logged(many, key) == pytest.approx(logged(one, key), rel=1e-5)
     for name, array in weights(one).items():
         np.testing.assert_allclose(weights(many)[name], array, rtol=0, atol=2e-4, err_msg=name)
+
+
+def test_parallel_sizes_that_were_not_foreseen(stages, tmp_path, monkeypatch, capsys, hasty):
+    """They are compiled in the run, which says so and does not time it; killed and resumed it ends bit-equal."""
+    separate = tmp_path / "separate"
+    carving.to_separate(stages.tuned, separate)
+    run = {"model": separate, "checkpoint__steps": 1, **APART, **SIX}
+    monkeypatch.setattr(routing, "likely", lambda needs, tokens, peers: routing.ladder(tokens, peers)[:1])
+    whole, out = stages.alternate(tmp_path / "whole", **run), tmp_path / "killed"
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("experts: compiled in ")]
+    timing = read_metrics(whole / "timing.jsonl")
+    late = [line for line in timing[1:] if line["time/compile"]]
+    assert 1 <= len(late) <= len(lines) <= len(late) + 1, "one of them may be the first step's"
+    for line in late:
+        assert line["time/step"] > line["time/compile"] + line["time/save"] > line["time/step_p95"]
+    with monkeypatch.context() as patch:
+        dies_at(patch, alternate.steps, "make_expert_step", 2)
+        with pytest.raises(Killed):
+            stages.alternate(out, **run)
+    stages.alternate(out, **run)
+    assert "resumed at step" in capsys.readouterr().out
+    assert differing(out, whole) == set()
+    assert (out / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 # ---- evaluate, generate, export ---------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import tiny
+from stages import jitted
 
 from readme_jax import artifacts, quickstart, report
 from readme_jax.config import ArtifactError, ConfigError
@@ -186,7 +187,7 @@ def test_whole_run_with_an_interruption(stages, tmp_path, monkeypatch, capsys):
         def die(*_):
             raise Killed
 
-        patch.setattr(program.alternate.steps, "make_router_step", lambda *_: die)
+        patch.setattr(program.alternate.steps, "make_router_step", lambda *_: jitted(die))
         with pytest.raises(Killed):
             program.main(argv)
     assert (out / "static_tuned" / "manifest.json").is_file() and not (out / "tuned").exists()

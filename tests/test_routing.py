@@ -6,7 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from readme_jax.config import ConfigError
-from readme_jax.routing import RUNGS, block_rows, bucket, exchange, exchange_shapes, group, ladder
+from readme_jax.routing import (
+    PREPARED,
+    RUNGS,
+    block_rows,
+    bucket,
+    exchange,
+    exchange_shapes,
+    group,
+    group_counts,
+    group_rows,
+    ladder,
+    largest_pair,
+    likely,
+)
 from readme_jax.steps import plan
 
 
@@ -178,3 +191,67 @@ def test_exchange_refuses_what_it_cannot_plan():
     for bad in (-1, 8):
         with pytest.raises(ConfigError, match=r"must lie in 0\.\.7"):
             exchange(ids + bad, 8, peers=4)
+
+
+# ---- what is compiled ahead ---------------------------------------------------------------------
+
+
+def test_the_largest_pair_is_what_a_plan_must_hold():
+    rng = np.random.default_rng(3)
+    for experts, data, peers in ((8, 2, 4), (4, 1, 4), (6, 4, 1), (6, 2, 3)):
+        expert_ABT = rng.integers(0, experts, (2, data * peers, 40)).astype(np.int32) ** 2 % experts
+        need = largest_pair(expert_ABT, experts, data=data, peers=peers)
+        send = exchange(expert_ABT, experts, data=data, peers=peers).send_AGXS
+        assert need == (send < 40).sum(-1).max(), (experts, data, peers)
+
+
+def test_likely_sizes_are_rungs_around_what_was_seen():
+    sizes = ladder(512, 8)
+    at = sizes.index
+    assert likely([sizes[3], sizes[3] - 1, sizes[4]], 512, 8) == sizes[3:8], "three more than seen"
+    assert likely([1], 512, 8) == sizes[:4] and likely([512], 512, 8) == (512,)
+    assert likely([7], 64, 1) == ladder(64, 1) == (64,)
+    wide = likely([1, 512], 512, 8)
+    assert len(wide) == PREPARED and wide[0] == sizes[0] and wide[-1] == 512
+    gaps = np.diff([at(size) for size in wide])
+    assert gaps.max() - gaps.min() <= 1, "evenly"
+
+
+@pytest.mark.parametrize("mixture", [None, 8.0, 1.0], ids=["even", "unlike documents", "one-sided documents"])
+def test_the_first_batches_foretell_a_thousand(mixture):
+    """What is compiled for them suffices, and costs few rows more than a program for every rung would."""
+    rng, needs = np.random.default_rng(0), []
+    for _ in range(64 + 1000):
+        share_BE = rng.dirichlet(np.full(16, mixture), 8) if mixture else np.full((8, 16), 1 / 16)
+        count_BE = np.stack([rng.multinomial(512, share_E) for share_E in share_BE])
+        needs.append(int(count_BE.reshape(8, 8, 2).sum(-1).max()))  # two experts a peer
+    ahead, sizes = likely(needs[:64], 512, 8), ladder(512, 8)
+    assert max(needs) <= ahead[-1] and len(ahead) <= PREPARED
+    taken, own = ([min(s for s in some if s >= need) for need in needs[64:]] for some in (ahead, sizes))
+    assert np.mean(taken) / np.mean(own) < 1.02
+
+
+def test_a_plan_takes_what_is_compiled():
+    rng = np.random.default_rng(4)
+    expert_ABT = rng.integers(0, 8, (1, 8, 64)).astype(np.int32)
+    need = largest_pair(expert_ABT, 8, data=1, peers=8)
+    own = exchange(expert_ABT, 8, peers=8).send_AGXS.shape[-1]
+    for compiled, size in (((), own), ((need - 1,), own), ((need - 1, 40, 50), 40), ((64,), 64)):
+        plan = exchange(expert_ABT, 8, peers=8, compiled=compiled)
+        assert plan.send_AGXS.shape[-1] == size
+        assert sorted(plan.send_AGXS[0, 0][plan.send_AGXS[0, 0] < 64]) == list(range(64)), "nothing is dropped"
+
+
+def test_all_numbers_of_groups_are_known():
+    rng = np.random.default_rng(5)
+    for tokens, experts in ((64, 3), (500, 7), (4096, 8)):
+        rows = group_rows(tokens, experts)
+        counts, seen = group_counts(tokens, experts, rows), set()
+        for _ in range(300):
+            share_E = rng.dirichlet(np.full(experts, rng.choice([0.05, 1.0, 100.0])))
+            expert_M = rng.choice(experts, tokens, p=share_E).astype(np.int32)
+            seen.add(len(group(expert_M, experts, rows)[1]))
+        worst_E = np.full(experts - 1, 1)  # all but one leave a group with one row
+        for expert_M in (np.zeros(tokens, np.int32), np.repeat(np.arange(experts), [*worst_E, tokens - experts + 1])):
+            seen.add(len(group(expert_M.astype(np.int32), experts, rows)[1]))
+        assert seen <= set(counts) and counts[0] in seen and len(counts) <= 6

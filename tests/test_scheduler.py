@@ -258,6 +258,32 @@ def test_a_request_in_flight_keeps_its_pages():
     assert young.preempted == 0
 
 
+def test_who_lost_its_pages_for_a_batch_is_not_in_it():
+    s = scheduler("expert-aware", pages=10, page_tokens=1, reuse=False, batch_requests=2, max_wait=7)
+    old, long, short = request([1] * 4), request([0], new=10, arrival=1.0), request([0], new=5, arrival=2.0)
+    for r in (old, long, short):
+        s.add(r)
+    missing = lambda experts: 1000 * len(experts - {0})  # noqa: E731
+    batch = s.schedule(missing_bytes=missing)
+    while old not in {work.request for work in batch.works}:
+        s.complete(batch, [(7, 2 if work.request is short else 0) for work in batch.works])
+        batch = s.schedule(missing_bytes=missing)
+    assert ran(batch) == [(old.number, 0, 4)]  # both had to go: `short` held too few pages
+    assert (long.state, short.state, s.preemptions, len(old.pages)) == ("waiting", "waiting", 2, 4)
+
+
+def test_no_one_is_let_in_only_to_be_sent_back():
+    s = scheduler(pages=7, page_tokens=2, reuse=False)
+    first, second = request([0] * 9, new=3, arrival=1.0), request([0] * 3, new=2, arrival=2.0)
+    s.add(first)
+    s.add(second)
+    while first.state != "finished":
+        batch = s.schedule()
+        assert s.live == [first] and s.waiting == 1  # 2 pages are free, and `first` will want one of them
+        complete(s, batch)
+    assert ran(s.schedule()) == [(second.number, 0, 3)] and s.preemptions == 0
+
+
 def test_a_prefix_is_computed_once_even_by_one_that_came_at_the_same_time():
     s = scheduler(page_tokens=2, batch_requests=1, chunk=4, max_live=4)
     first, second = request([0] * 9, arrival=1.0), request([0] * 9, arrival=2.0)
@@ -328,6 +354,16 @@ def test_cancelled_in_every_state():
     s.finish(running, "stop")
     assert {r.reason for r in (flying, running, waiting, unrouted)} == {"cancelled"}
     assert (s.unfinished, s.waiting, s.flying, s.pool.available, s.schedule()) == (0, 0, 0, 8, None)
+
+
+def test_pages_stay_until_the_last_of_two_batches_is_through():
+    s = scheduler(pages=8, page_tokens=2, chunk=4)
+    r = request([0] * 8)
+    s.add(r)
+    first, second = s.schedule(), s.schedule()
+    s.cancel(r)
+    assert complete(s, first) == [] and len(r.pages) == 4 and s.pool.available == 4
+    assert complete(s, second) == [] and s.pool.available == 8
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ of several is lost, the others leave with 76. Started once a host, the processes
 import contextlib
 import functools
 import json
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,17 @@ import numpy as np
 
 from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
 from readme_jax.accelerators import peak_flops
-from readme_jax.alternate import AlternateConfig, RoutedBatches, building, check_extras, first_records, student_of
+from readme_jax.alternate import AlternateConfig, building, check_extras, first_records, student_of
 from readme_jax.alternate import check as check_config
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import Stopped, require
 from readme_jax.data import Batches, open_records
-from readme_jax.loop import Ahead, PhaseFigures, Profiler, Timer, Watch, place_batch
+from readme_jax.loop import Ahead, Profiler, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss, TopK
-from readme_jax.metrics import Metrics, Pace, Stopwatch, peak_memory_gb
+from readme_jax.metrics import Metrics, Pace, peak_memory
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
+from readme_jax.routed import Prepared, RoutedBatches, compile_ahead, likely_batches, output
 from readme_jax.sharding import use_mesh
 from readme_jax.teacher import ask_teacher
 
@@ -106,29 +108,24 @@ def train(
         router_params = optim.cast(router.place(router_params), config.router.optim.params)
         phases["router"] = steps.start(router_params, tx["router"])
     # ---- steps
-    head = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk)
-    expert_step = steps.make_expert_step(cfg, head, tx["experts"], dtype=dtype, remat=config.experts.remat)
+    head, route = HeadLoss(config.experts.kd_weight, config.experts.ce_weight, config.experts.head_chunk), None
+    made: dict[str, Callable] = {}
+    made["experts"] = steps.make_expert_step(cfg, head, tx["experts"], dtype=dtype, remat=config.experts.remat)
     label_all = jax.jit(lambda params, table, *batch: jax.lax.map(lambda micro: label(params, table, *micro), batch))
-    router_step = route = None
     if router_cfg is not None:
-        router_step = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
+        made["router"] = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
         route = steps.make_route(router_cfg, cfg.rope_theta)
     # ---- resume
-    tick = resumed = checkpoints.find(config.checkpoint.resume) or 0
+    tick = checkpoints.find(config.checkpoint.resume) or 0
     if tick:
         phases = checkpoints.restore(tick, phases)
         distributed.show(f"resumed at step {tick} of {config.total}")
     stop.leave()
     with contextlib.ExitStack() as stack:
         # ---- what is seen of it
-        def figures(name: str) -> PhaseFigures:
-            phase, own, total = plan[name], batches[name], plan[name].steps * config.rounds
-            rates = np.asarray(optim.schedule(phase.optim, max(phase.steps, 1))(np.arange(total)))
-            used = table.mask_LEU.shape[-1]
-            cost = flops.train_flops_per_token(cfg, experts, phase, own.seq, router=router_cfg, used=used)
-            return PhaseFigures(phase.steps, phase.batch * phase.accum * own.seq, cost, rates, own.index)
-
-        device, main, seen = mesh.devices.flat[0], distributed.is_main(), {name: figures(name) for name in plan}
+        sizes = cfg, experts, router_cfg, table.mask_LEU.shape[-1]
+        seen = {name: flops.figures(*sizes, plan[name], batches[name], config.rounds) for name in plan}
+        device, main = mesh.devices.flat[0], distributed.is_main()
         metrics = Metrics(
             work.path / "metrics.jsonl" if main else None,
             tick,
@@ -141,9 +138,8 @@ def train(
             peak=peak and peak * mesh.size, window=config.checkpoint.window, silent=not main,
         )  # fmt: skip
         stack.callback(watch.close)
-        profiler = stack.enter_context(contextlib.closing(Profiler(config.profile, work.path / "profile")))
 
-        # ---- loop
+        # ---- batches, steps and their programs
         def batch_of(tick: int) -> dict[str, jax.Array]:
             name, number = config.at(tick)
             batch = place_batch(batches[name], number, caches.get({"router": "labels", "experts": "top_k"}[name]))
@@ -153,24 +149,38 @@ def train(
 
         ahead = stack.enter_context(contextlib.closing(Ahead(batch_of, config.total, pace)))
         routed = RoutedBatches(ahead, route, experts.experts, config.experts.way, pace)
-        clock, timer, agreement = Stopwatch(), Timer(config.checkpoint.minutes), distributed.Agreement()
+        prepared = {name: Prepared(name, step, pace) for name, step in made.items()}
+        arguments = {
+            "router": lambda batch: (phases["router"], batch),
+            "experts": lambda batch: (phases["experts"], frozen, teacher or None, table, batch),
+        }
+
+        def labelled(batch: dict, run: Callable = lambda function, *inputs: function(*inputs)) -> dict:
+            if "labels" in caches:
+                return batch
+            current = steps.join(phases["experts"].params, frozen)
+            return batch | {"target": run(label_all, current, table, batch["ids"], batch["segments"])}
+
+        with pace.waiting("compile"):
+            chooser = phases["router"].params if route is not None else None
+            to_label = functools.partial(labelled, run=output)
+            compile_ahead(prepared, arguments, likely_batches(config, tick, batch_of, to_label, routed, chooser))
+        # ---- loop
+        profiler = stack.enter_context(contextlib.closing(Profiler(config.profile, work.path / "profile")))
+        timer, agreement = Timer(config.checkpoint.minutes), distributed.Agreement()
         stack.enter_context(jax.transfer_guard_host_to_device("disallow"))
         while tick < config.total:
-            profiler.step()
-            if config.at(tick)[0] == "router":
-                assert router_step is not None
+            name, load = config.at(tick)[0], {}
+            if name == "experts":
+                chooser = phases["router"].params if route is not None else None
+                batch, load["load"] = routed.take(tick, chooser, last=config.ends_phase(tick))
+            else:
                 batch = ahead(tick)
                 with pace.calling():
-                    if "labels" not in caches:
-                        current = steps.join(phases["experts"].params, frozen)
-                        batch["target"] = label_all(current, table, batch["ids"], batch["segments"])
-                    phases["router"], values = router_step(phases["router"], batch)
-            else:
-                chooser = phases["router"].params if route is not None else None
-                batch, load_E = routed.take(tick, chooser, last=config.ends_phase(tick))
-                with pace.calling():
-                    phases["experts"], values = expert_step(phases["experts"], frozen, teacher or None, table, batch)
-                values["load"] = load_E
+                    batch = labelled(batch)
+            phases[name], values = prepared[name](*arguments[name](batch))
+            values |= load
+            profiler.step(values)
             watch.step(tick, values)  # logs the step before while this one runs: the loop never waits for the device
             ends, tick = config.ends_phase(tick), tick + 1
             saves = ends or (config.checkpoint.steps > 0 and tick % config.checkpoint.steps == 0)
@@ -188,13 +198,7 @@ def train(
     work.scratch += [name for cache in caches.values() for name in cache.files]
     write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
     ran = {name: plan[name].steps * config.rounds * seen[name].tokens for name in plan}
-    spent = watch.seconds
-    work.info |= {
-        "tokens": ran,
-        "seconds": clock.seconds,
-        "tokens_per_s": {n: (ran[n] / spent[n] if spent[n] and not resumed else None) for n in ran},
-        "peak_memory_gb": peak_memory_gb(),
-    }
+    work.info |= {"tokens": ran, **watch.speeds(ran), **peak_memory()}
 
 
 def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_LEC, router_cfg, phases) -> None:

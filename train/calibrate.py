@@ -16,7 +16,7 @@ from readme_jax.calibrate import Accumulator, CalibrateConfig, make_statistics
 from readme_jax.carve import Statistics, save_statistics
 from readme_jax.config import CheckpointError, DataError, require
 from readme_jax.data import eval_batches, open_records
-from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
+from readme_jax.metrics import Stopwatch, peak_memory, progress
 from readme_jax.models import backbone
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
             "seconds": (seconds := sum(s.seconds for s in sums.values())),  # over all starts
             "tokens": int(tokens_M.sum()),
             "tokens_per_s": int(tokens_M.sum()) / seconds,
-            "peak_memory_gb": peak_memory_gb(),
+            **peak_memory(),
         }
     print(f"statistics: {config.out} {json.dumps(dict(zip(records, tokens_M.tolist())))} tokens")
 

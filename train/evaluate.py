@@ -14,7 +14,7 @@ from readme_jax import artifacts, cli, hf, placement
 from readme_jax.config import ConfigError, require
 from readme_jax.data import eval_batches, open_records
 from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
-from readme_jax.metrics import Stopwatch, peak_memory_gb, progress
+from readme_jax.metrics import Stopwatch, peak_memory, progress
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
@@ -106,7 +106,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
             "seconds": start.seconds,
             "tokens": tokens,
             "tokens_per_s": tokens / start.seconds,
-            "peak_memory_gb": peak_memory_gb(),
+            **peak_memory(),
         }
 
 

@@ -42,6 +42,7 @@ run)
   shift
   on_workers all "
     cd $WORK && rm -f ~/stopped
+    export JAX_COMPILATION_CACHE_DIR=~/.cache/jax    # a restart compiles nothing
     setsid nohup bash -c '
       while ~/venv/bin/readme-jax $*; code=\$?; [ \$code != 0 ] && [ \$code != 2 ] && [ \$code != 75 ]; do
         echo \"exit code \$code: started again in 15 s\"; sleep 15; [ -e ~/stopped ] && break
