@@ -5,9 +5,10 @@
 
 A step takes one token of each of 1, 4 or 8 requests. Expert of a token: that of the request's token before it with
 probability 0.5, 0.7 or 0.9, else any (the paper's 2921 of 4096 is 0.71). 7, 8 and 16 experts, memory for 12.5, 25 and
-50 % of them. `separate`: 32 layers, a page is one expert's channels of a layer; `tied`: pages of 16 rows of an FFN of
-SmolLM2's width. Lookahead sees the next 256 tokens. Policies run layer by layer (`--mode layer`: an expert's page may
-go as soon as its layer is past, and no pool need hold a whole expert) or with whole columns, as in the paper.
+50 % of them. `separate`: 32 layers, a page is one expert's channels of a layer. `tied`: 8 layers, pages of 16 rows of
+an FFN of SmolLM2's width, whose experts share 69 % of their channels. `routed`, `routed/t`: a model's own routing, with
+both storages. Lookahead sees the next 256 tokens. Policies run layer by layer (`--mode layer`: a page may go as soon as
+its layer is past, and no pool need hold a whole expert) or with whole columns, as in the paper.
 
 Of the two shares `fewer_than_*_25`, over all traces at 25 % memory, the mean is the figure; `*_worst` is the worst
 trace. Where not even MIN loads that much less than lru, no policy can: the column `best` says so (MIN against lru), and
@@ -139,21 +140,26 @@ def measure(tokens: int, mode: Mode, model: Path | None, data: Path | None) -> d
     bank = Bank.synthetic(experts=7, storage="tied", **shape)
     for batch in TOKENS:
         for stay in STAYS:
-            rows += compare("tied", bank, chain(tokens // 8, 7, stay, batch, 0), batch, stay, mode)
+            rows += compare("tied", bank, chain(tokens // 2, 7, stay, batch, 0), batch, stay, mode)
     if model is not None and data is not None:
-        requests, bank, stay = routed(model, data, tokens)
+        requests, bank, stay = routed(model, data, 8 * tokens)
         apart = Bank.synthetic(layers=bank.layers, experts=bank.experts, channels=bank.channels, row_bytes=1)
         for batch in TOKENS:
             trace = served(requests, batch)
-            rows += compare("router", apart, trace, batch, stay, mode)
-            rows += compare("router, tied"[:9], bank, trace[: len(trace) // 8], batch, stay, mode)
+            rows += compare("routed", apart, trace, batch, stay, mode)
+            rows += compare("routed/t", bank, trace[: tokens // 4 // batch], batch, stay, mode)
     return {**summary(rows), "rows": rows}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the figures")
-    parser.add_argument("--tokens", type=int, default=8000, help="tokens of a trace")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=4000,
+        help="tokens of a trace (half as many for tied pages, up to eight times as many for --model)",
+    )
     parser.add_argument("--mode", choices=MODES, default="layer", help="when pages of a step may be evicted")
     parser.add_argument("--model", type=Path, help="folder of a carved model with a router")
     parser.add_argument("--data", type=Path, help="folder of `readme-jax data` with text for it")

@@ -62,6 +62,12 @@ def test_the_order_is_the_greedy_walk(made):
             assert steps[0] == min(steps)
 
 
+def test_of_equally_near_patterns_the_one_of_most_channels_is_next():
+    """After channel 0, which all have, channels 2 and 3 (of experts 0 and 1) and 1 (of 0 and 2) are equally near."""
+    table_LEC = np.array([[[0, 1, 2, 3], [0, 2, 3, 6], [0, 1, 4, 5]]])
+    assert Bank.from_table(table_LEC, 7, row_bytes=1, page=1).order_LR.tolist() == [[0, 2, 3, 6, 4, 5, 1]]
+
+
 @settings(max_examples=30, deadline=None)
 @given(tables(), st.integers(1, 6), st.integers(0, 2**32 - 1), st.data())
 def test_the_pages_of_a_set_compute_what_its_experts_do(made, page, seed, data):

@@ -118,6 +118,8 @@ class Machine(RuleBasedStateMachine):
     )
     def step(self, experts, future):
         missing = self.residency.missing(experts)
+        assert missing == np.count_nonzero(self.residency.slot_of[self.residency.bank.find(experts).items_N] < 0)
+        assert self.residency.missing_bytes(experts) == missing * self.residency.bank.page_bytes
         plan = self.residency.plan(experts, future)
         fits = self.residency.bank.need_count(experts) <= self.residency.slots
         assert plan.loads == missing if fits and self.residency.policy == "lookahead" else plan.loads >= missing

@@ -17,6 +17,7 @@ from readme_jax.routing import membership
 
 Storage = Literal["tied", "separate"]
 Mode = Literal["layer", "column"]
+GONE = -(2.0**20)  # above any number of experts, and exact in float32
 CACHED_IDS = 1 << 24  # page ids kept in the cache of needs (64 MiB); then it starts afresh
 
 
@@ -25,12 +26,20 @@ class Need(NamedTuple):
 
     items_N: int32 item ids (layer * pages + page), ascending, so layer by layer. bounds: L + 1 places, layer l is
     items_N[bounds[l] : bounds[l + 1]]. layer_N: int32 layer of each. widest: most pages of one layer.
+    mask: the items as a set of bits, see `bits`.
     """
 
     items_N: np.ndarray
     bounds: tuple[int, ...]
     layer_N: np.ndarray
     widest: int
+    mask: int
+
+
+def bits(has_I: np.ndarray) -> int:
+    """A set of items as a whole number, so that a difference of sets takes a microsecond: bool [items] -> bits, in an
+    order of its own."""
+    return int.from_bytes(np.packbits(has_I).tobytes(), "big")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -95,7 +104,7 @@ class Bank:
             layer_N = np.repeat(np.arange(self.layers, dtype=np.int32), counts_L)
             for array in (items_N, layer_N):
                 array.flags.writeable = False
-            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)))
+            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)), bits(need_LP))
             if (len(self._needs) + 1) * self.items > CACHED_IDS:
                 self._needs.clear()
             self._needs[key] = found
@@ -174,9 +183,10 @@ class Bank:
             order_LR = np.stack([np.append(walk, np.full(rows - len(walk), -1, np.int32)) for walk in walks])
         member_LER = np.take_along_axis(member_LEF, np.maximum(order_LR, 0)[:, None, :], axis=2)
         member_LER &= (order_LR >= 0)[:, None, :]
-        touch_LEP = member_LER.reshape(layers, experts, -1, page).any(3)
-        touch_LPE = np.ascontiguousarray(touch_LEP.transpose(0, 2, 1))
-        return cls(page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, touch_LPE)
+        touch_LPE = np.moveaxis(member_LER, 1, 2).reshape(layers, -1, page, experts).any(axis=2)
+        return cls(
+            page, page * row_bytes, channels, "separate" if separate else "tied", order_LR, np.asarray(touch_LPE)
+        )
 
     @classmethod
     def synthetic(
@@ -227,18 +237,23 @@ class Bank:
 
 def _walk(member_EF: np.ndarray) -> np.ndarray:
     """Channels that any expert has, int32, grouped by membership; from the fullest pattern on, the next one is always
-    the nearest in Hamming distance that is left (ties: the one of most channels, then the first)."""
+    the nearest in Hamming distance that is left (ties: the one of most channels, then the lowest)."""
     pattern_QE, which_F, count_Q = np.unique(member_EF.T, axis=0, return_inverse=True, return_counts=True)
-    which_F = which_F.reshape(-1)
+    order_Q = np.argsort(-count_Q, kind="stable")  # so that of equals the first is taken
+    pattern_QE, count_Q = pattern_QE[order_Q], count_Q[order_Q]
+    # The product of two rows of signs is E - 2 * distance. One more column takes what is behind us out of the race.
+    sign_QX = np.zeros((len(pattern_QE), pattern_QE.shape[1] + 1), np.float32)
+    sign_QX[:, :-1] = 2.0 * pattern_QE - 1
     size_Q = pattern_QE.sum(1)
-    left_Q = size_Q > 0  # channels that nobody has are left out
-    at, rank_Q = int(size_Q.argmax()), np.full(len(pattern_QE), -1)
-    tie_Q = np.arange(len(pattern_QE)) - count_Q * len(pattern_QE)  # of more channels first
-    for rank in range(int(left_Q.sum())):
-        rank_Q[at], left_Q[at] = rank, False
-        distance_Q = (pattern_QE ^ pattern_QE[at]).sum(1, dtype=np.int64)
-        near = np.where(left_Q, distance_Q, distance_Q.max() + 1)
-        at = int(np.where(near == near.min(), tie_Q, 1).argmin()) if left_Q.any() else at
-    rank_F = rank_Q[which_F]
+    sign_QX[size_Q == 0, -1] = GONE  # channels that nobody has are left out
+    rank_Q, at = np.full(len(pattern_QE), -1), int(size_Q.argmax())
+    for rank in range(np.count_nonzero(size_Q)):
+        rank_Q[at], sign_QX[at, -1] = rank, GONE
+        here_X = sign_QX[at].copy()
+        here_X[-1] = 1
+        at = int((sign_QX @ here_X).argmax())
+    rank_F = np.empty_like(rank_Q)
+    rank_F[order_Q] = rank_Q
+    rank_F = rank_F[which_F.reshape(-1)]
     order = np.argsort(rank_F, kind="stable")
     return order[np.count_nonzero(rank_F < 0) :].astype(np.int32)

@@ -28,23 +28,18 @@ def fewest_loads(accesses: Sequence[np.ndarray], slots: int) -> int:
     same = ids[order][1:] == ids[order][:-1]
     again[order[:-1][same]] = when[order][1:][same]
     ids, again = ids.tolist(), again.tolist()
-    next_use: dict[int, int] = {}  # of resident items
-    heap: list[tuple[int, int]] = []  # (-next use, item), entries of earlier uses among them
+    held: set[int] = set()
+    heap: list[tuple[int, int]] = []  # (-next use, item); entries of uses that are past stand behind all others
     loads, start = 0, 0
     for size in sizes:
         stop = start + size
-        lacking = 0
-        for i in range(start, stop):
-            item = ids[i]
-            lacking += item not in next_use
-            next_use[item] = again[i]
-        loads += lacking
-        # this read's new entries are pushed after its evictions: it cannot evict its own
-        while len(next_use) > slots:
-            use, item = heapq.heappop(heap)
-            if next_use.get(item) == -use:
-                del next_use[item]
-        for i in range(start, stop):
-            heapq.heappush(heap, (-again[i], ids[i]))
+        read = ids[start:stop]
+        loads += size - len(held.intersection(read))
+        held.update(read)
+        # entries of this read are pushed after its evictions: it cannot evict its own
+        while len(held) > slots:
+            held.discard(heapq.heappop(heap)[1])
+        for item, use in zip(read, again[start:stop]):
+            heapq.heappush(heap, (-use, item))
         start = stop
     return loads

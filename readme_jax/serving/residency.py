@@ -13,7 +13,7 @@ import numpy as np
 
 from readme_jax.config import require
 from readme_jax.serving import eviction
-from readme_jax.serving.bank import Bank, Mode, Need
+from readme_jax.serving.bank import Bank, Mode, Need, bits
 
 Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
@@ -137,13 +137,21 @@ class Residency:
         self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
         self._patterns_QE, pattern = np.unique(self._touch_IE, axis=0, return_inverse=True)
         self._pattern_of = pattern.reshape(-1)
+        self._absent: int | None = None  # bits of what is not in the pool; None after loads, until asked for
         self._order = None if policy == "lookahead" else eviction.Order(policy, bank.items, self.slots, seed)
 
     # ---- what a scheduler asks ----------------------------------------------------------------
 
     def missing(self, experts: frozenset[int]) -> int:
-        """Pages that a step of these experts would have to load if it were planned next (more if it evicts its own)."""
-        return int(np.count_nonzero(self.slot_of[self.bank.find(experts).items_N] < 0))
+        """Pages that a step of these experts would have to load if it were planned next (more if it evicts its own);
+        pages on their way count as resident."""
+        if self._absent is None:
+            self._absent = bits(self.slot_of < 0)
+        return (self.bank.find(experts).mask & self._absent).bit_count()
+
+    def missing_bytes(self, experts: frozenset[int]) -> int:
+        """`missing`, in bytes."""
+        return self.missing(experts) * self.bank.page_bytes
 
     # ---- the plan -----------------------------------------------------------------------------
 
@@ -179,11 +187,11 @@ class Residency:
             place_M, load_slots_M, victims_M, free_at_M = found
             load_items_M = items_N[place_M]
             slots_N[place_M] = load_slots_M
+            self._absent = None
             load = np.searchsorted(pass_N[place_M], np.arange(len(layers) + 1)).tolist()
             loaded = (load_items_M, load_slots_M, victims_M, free_at_M)
             # in this order: a page may leave and come back, and a slot change hands, more than once in a step
             self.slot_of[victims_M[victims_M >= 0]] = -1
-            self.slot_of[load_items_M] = -1
             self.item_of[load_slots_M] = load_items_M  # of equal slots the last one stays
             self.slot_of[self.item_of[load_slots_M]] = load_slots_M
         self._last_pass[items_N] = first + pass_N
@@ -203,7 +211,7 @@ class Residency:
         return items_N, layers, read, np.repeat(np.arange(len(layers)), np.diff(read))
 
     def _count(
-        self, experts: frozenset[int], tokens: Mapping[int, int] | None, passes: int, pages: int, loaded
+        self, experts: frozenset[int], tokens: Mapping[int, int] | None, passes: int, pages: int, loaded: eviction.Loads
     ) -> None:
         count, bank = self.counters, self.bank
         load_items_M, _, victims_M, _ = loaded
