@@ -6,6 +6,7 @@ has ended and its pages are there.
 """
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class Serving:
     times batch_requests. With fewer the batches would be small, and small batches cost more than what they hide."""
     lookahead: int = 64
     """Batches to come that the lookahead policy is told of."""
-    part: int = 16 << 20
+    part: int = 4 << 20
     """Bytes of a transfer after which one with an earlier deadline may go first."""
 
     def __post_init__(self):
@@ -123,6 +124,11 @@ class Simulation:
         self._number = 0
         self._routing = 0.0
 
+    @property
+    def pending(self) -> int:
+        """Requests that are known here and have not ended."""
+        return len(self._times)
+
     # ---- the loop -----------------------------------------------------------------------------
 
     def run(self, jobs: Iterable[RoutedRequest]) -> None:
@@ -149,7 +155,7 @@ class Simulation:
         while self._next is not None and self._next.arrival <= now:
             job = self._next
             prompt, first = len(job.prompt_experts), self._number * 1_000_000
-            sampling = SamplingParams(max_new_tokens=len(job.output_experts), ignore_eos=True)
+            sampling = _sampling(len(job.output_experts))
             request = Request(list(range(first, first + prompt)), sampling, job.arrival)  # ids that no other prompt has
             request.experts = job.prompt_experts.tolist()
             self._times[request] = (job, [])
@@ -302,6 +308,11 @@ class Simulation:
             fresh[slots] = True
             fresh[plan.reads_of(i)[1]] = False
         return wasted * self.bank.page_bytes
+
+
+@functools.cache
+def _sampling(tokens: int) -> SamplingParams:
+    return SamplingParams(max_new_tokens=tokens, ignore_eos=True)
 
 
 def _rows(batch: Batch) -> Rows:

@@ -108,9 +108,16 @@ def make_case(
 
 
 def run(
-    case: Case, serving: Serving, jobs: Sequence[RoutedRequest], *, goal: dict[str, float] | None = None, least: bool = False,
-    keep: bool = False, order: bool = False, seed: int = 0,
-) -> tuple[dict, Simulation]:  # fmt: skip
+    case: Case,
+    serving: Serving,
+    jobs: Sequence[RoutedRequest],
+    *,
+    goal: dict[str, float] | None = None,
+    least: bool = False,
+    keep: bool = False,
+    order: bool = False,
+    seed: int = 0,
+) -> tuple[dict, Simulation]:
     """Serve the jobs one way: figures and the simulation that gave them.
 
     Beside those of `report.figures`: hidden_share (see `link`), least_stall_s, link_busy_s, occupancy (of a batch's
