@@ -16,12 +16,8 @@ ORDER = """
     config accelerators peers sharding distributed artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
-<<<<<<< HEAD
     models.expert_pages models.paged
-    statistics calibrate carve labels losses optim steps evaluate loop alternate teacher flops
-=======
     statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
->>>>>>> sched
     abstract jaxprs liveness planning
     generation api serving serving.request serving.pages serving.policies serving.scheduler
     serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
