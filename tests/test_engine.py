@@ -189,12 +189,12 @@ def live_memory():
 
 def soak(folder, model, count, growth):
     """Requests of every kind, many cancelled: nothing is left of them, and memory does not grow with their number."""
-    rng, done, marks = np.random.default_rng(12), 0, []
+    rng, ended, marks = np.random.default_rng(12), set(), []
     stems = [rng.integers(1, served.VOCAB, 40).tolist() for _ in range(6)]
-    options = OPTIONS | dict(schedule="expert-aware", residency="lookahead", expert_memory="0.45x")
+    options = OPTIONS | dict(schedule="expert-aware", residency="lookahead", expert_memory="0.45x", kv_memory="64KiB")
     with Engine(folder, **options) as engine:
         added, live = 0, []
-        while done < count:
+        while len(ended) < count:
             for _ in range(min(int(rng.integers(0, 6)), count - added, 60 - engine.unfinished)):
                 stem = stems[rng.integers(6)][: rng.integers(0, 40)] if rng.random() < 0.5 else []
                 sampling = SamplingParams(
@@ -208,10 +208,10 @@ def soak(folder, model, count, growth):
             if live and rng.random() < 0.15:
                 engine.cancel(live.pop(rng.integers(len(live))))
             for update in engine.step():
-                if update.reason and update.id not in engine._asked:
-                    done += 1
+                if update.reason and update.id not in engine._asked and update.id not in ended:
+                    ended.add(update.id)
                     live = [number for number in live if number != update.id]
-                    if done in (count // 4, count):
+                    if len(ended) in (count // 4, count):
                         marks.append(live_memory())
         while engine.unfinished:
             engine.step()
