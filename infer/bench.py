@@ -20,7 +20,6 @@ from readme_jax.config import DataError, require, to_dict
 from readme_jax.data import open_records
 from readme_jax.metrics import progress
 from readme_jax.serving import plots, replay, report
-from readme_jax.serving.bank import Bank
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES, EngineOptions
 from readme_jax.serving.recorder import Recorder
@@ -100,17 +99,15 @@ def read_requests(config: BenchConfig, model: api.Model) -> list[TraceRequest]:
 
 
 def run_pair(
-    config: BenchConfig, model: api.Model, trace: list[TraceRequest], pair: str
-) -> tuple[dict[str, Any], Recorder, Bank]:
-    """Replay the trace under one pair of policies: figures, what was recorded, the expert pages."""
+    config: BenchConfig, engine: Engine, trace: list[TraceRequest], pair: str
+) -> tuple[dict[str, Any], Recorder]:
+    """Replay the trace under one pair of policies: figures, and what was recorded."""
     schedule, residency = pair.split("+")
-    options: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
-    options |= {"schedule": schedule, "residency": residency}
     recorder, tokens = Recorder(), sum(one.output_tokens for one in trace)
-    with Engine(model, progress=True, recorder=recorder, **options) as engine:
-        with progress(tokens, pair) as bar:
-            duration = replay.replay(engine, trace, bar)
-        return replay.figures(engine, recorder, duration, config.goals()), recorder, engine.parts.bank
+    engine.restart(schedule=schedule, residency=residency, recorder=recorder)
+    with progress(tokens, pair) as bar:
+        duration = replay.replay(engine, trace, bar)
+    return replay.figures(engine, recorder, duration, config.goals()), recorder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -121,13 +118,16 @@ def main(argv: list[str] | None = None) -> None:
     inputs, outputs = sum(len(one.prompt or ()) for one in trace), sum(one.output_tokens for one in trace)
     results: dict[str, dict[str, Any]] = {}
     latencies, curves, last = {}, {}, None
-    for pair in config.pairs():
-        results[pair], recorder, bank = run_pair(config, model, trace, pair)
-        latencies[pair] = report.latencies(recorder.served)["e2el"] / 1e3
-        if pair.split("+")[0] not in curves and config.out is not None:
-            budgets = [round(share * bank.total_bytes) for share in SHARES]
-            curves[pair.split("+")[0]] = replay.memory_curve(recorder, bank, budgets, config.mode)
-        last = last or (pair, recorder, bank.experts)
+    options: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
+    with Engine(model, progress=True, **options) as engine:
+        bank = engine.parts.bank
+        for pair in config.pairs():
+            results[pair], recorder = run_pair(config, engine, trace, pair)
+            latencies[pair] = report.latencies(recorder.served)["e2el"] / 1e3
+            if pair.split("+")[0] not in curves and config.out is not None:
+                budgets = [round(share * bank.total_bytes) for share in SHARES]
+                curves[pair.split("+")[0]] = replay.memory_curve(recorder, bank, budgets, config.mode)
+            last = last or (pair, recorder, bank.experts)
     print(f"{len(trace)} requests over {trace[-1].arrival:.1f} s, {inputs} prompt and {outputs} output tokens")
     print(report.table(results))
     if config.out is not None and last is not None:

@@ -6,6 +6,7 @@ import served
 from fake_runner import VOCAB, FakeRunner, expected, expert_of
 
 from readme_jax import api
+from readme_jax.config import ConfigError
 from readme_jax.serving import parts
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES
@@ -282,3 +283,21 @@ def test_a_recorder_hears_of_everything(model):
     )
     assert all(a.end <= b.end and a.start < a.end for a, b in zip(recorder.steps, recorder.steps[1:]))
     assert sum(stats[f"requests_{reason}"] for reason in set(reasons)) == len(reasons)
+
+
+def test_another_pair_of_policies_on_the_same_device(model):
+    with Engine(model, **SMALL, expert_memory="0.45x", schedule="fcfs", residency="lru") as engine:
+        run(engine, np.random.default_rng(5), 15)
+        first, runner = engine.stats(), engine.parts.runner
+        engine.add_request([3, 4, 5])
+        engine.step()
+        recorder = Recorder()
+        engine.restart(schedule="expert-aware", residency="lookahead", recorder=recorder)
+        assert engine.parts.runner is runner and engine.unfinished == 0 and engine.stats()["steps"] == 0
+        assert [update.reason for update in engine._news] == ["cancelled"]
+        engine._news.clear()
+        run(engine, np.random.default_rng(5), 15)
+        assert len(recorder.steps) == engine.stats()["steps"] and first["steps"] > 0
+        check_empty(engine)
+        with pytest.raises(ConfigError, match="kv_page: cannot change while the programs stay"):
+            engine.restart(kv_page=8)

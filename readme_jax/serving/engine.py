@@ -91,6 +91,7 @@ class Engine:
         self._flying: collections.deque[tuple[Batch, Any, dict]] = collections.deque()
         self._news: list[Update] = []
         self._followed: set[int] = set()  # whose news are for a stream
+        self._closed = False
 
     # ---- what a user calls ------------------------------------------------------------------------
 
@@ -182,12 +183,30 @@ class Engine:
         """Counters since the engine was made: bytes by reason, hits, waits, shares of time (docs/serving.md)."""
         return self.parts.stats()
 
-    def close(self) -> None:
-        """Cancel what is left, end the transfer thread and let the device memory go. May be called twice."""
+    def restart(self, *, recorder: Recorder | None = None, **changes: Any) -> None:
+        """Begin anew, with other policies on the same device memory and programs: what is left is cancelled, pages are
+        empty, counters at zero. changes: of the options schedule, residency, mode, max_wait, lookahead and ahead."""
+        for name in changes:
+            good = name in ("schedule", "residency", "mode", "max_wait", "lookahead", "ahead")
+            require(good, f"{name}: cannot change while the programs stay; make another Engine")
+        self.options = dataclasses.replace(self.options, **changes)
+        self._stop()
+        self.recorder = recorder
+        self.parts.begin(self.options, recorder)
+
+    def _stop(self) -> None:
         for number in [*self._asked]:
             self.cancel(number)
-        self._flying.clear()
-        self.parts.close()
+        while self._flying:
+            self._land()
+        self.parts.transfers.close()
+
+    def close(self) -> None:
+        """Cancel what is left, end the transfer thread and let the device memory go. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._stop()
+            self.parts.runner.close()
 
     def __enter__(self) -> "Engine":
         return self

@@ -38,47 +38,56 @@ class Parts:
         assert carved is not None and model.experts is not None
         longest = cfg.max_position
         require(options.context <= longest, f"context={options.context} exceeds the model's {longest}")
-        self.options, self.recorder, self.counters = options, recorder, Counters()
-        self.context = options.context or longest
+        self.model, self.options, self.context = model, options, options.context or longest
         dtype = jnp.dtype(options.dtype)
         self.bank = Bank.from_table(
             model.experts, cfg.mlp, row_bytes=3 * cfg.embed * dtype.itemsize, page=options.expert_page or None,
             separate=carved.storage == "separate",
         )  # fmt: skip
-        budget = memory_bytes(options.expert_memory, "expert_memory", whole=self.bank.total_bytes)
-        self.residency = Residency(
-            self.bank, budget, policy=options.residency, mode=options.mode, record=recorder is not None
-        )
-        self.pool = self._pool("kv_memory", 2 * cfg.layer * cfg.kv_head * cfg.head_dim * dtype.itemsize)
-        self.router_pool = None if router is None else self._pool("router_memory", 8 * router.layers * router.width)
-        cost = Cost(
+        self._budget = memory_bytes(options.expert_memory, "expert_memory", whole=self.bank.total_bytes)
+        slots = self.bank.slots(self._budget, options.mode)
+        kv_pages = self._pages("kv_memory", 2 * cfg.layer * cfg.kv_head * cfg.head_dim * dtype.itemsize)
+        router_pages = 0 if router is None else self._pages("router_memory", 8 * router.layers * router.width)
+        self._kv_pages = kv_pages, router_pages
+        self._limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
+        self._cost = Cost(
             read_bytes=lambda experts: self.bank.need_count(experts) * self.bank.page_bytes,
             fixed_bytes=4 * cfg.layer * cfg.embed * cfg.head * cfg.head_dim * dtype.itemsize,  # attention's weights
         )
-        limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
-        self.scheduler = Scheduler(options.schedule, limits, self.pool, cost)
         self.runner = Runner(
-            model.folder, self.bank, slots=self.residency.slots, kv_pages=self.pool.pages, kv_page=options.kv_page,
-            router_pages=0 if self.router_pool is None else self.router_pool.pages, limits=limits,
-            context=self.context, dtype=options.dtype, load_sizes=LOAD_SIZES,
+            model.folder, self.bank, slots=slots, kv_pages=kv_pages, kv_page=options.kv_page, context=self.context,
+            router_pages=router_pages, limits=self._limits, dtype=options.dtype, load_sizes=LOAD_SIZES,
         )  # fmt: skip
         self.runner.compile(progress)
+        self.begin(options, recorder)
+
+    def begin(self, options: EngineOptions, recorder: Recorder | None) -> None:
+        """Begin with nothing: no requests, empty pages, counters at zero. options: of the same sizes as before."""
+        self.options, self.recorder, self.counters = options, recorder, Counters()
+        self.residency = Residency(
+            self.bank, self._budget, policy=options.residency, mode=options.mode, record=recorder is not None
+        )
+        kv_pages, router_pages = self._kv_pages
+        self.pool = PagePool(kv_pages, options.kv_page)
+        self.router_pool = PagePool(router_pages, options.kv_page) if router_pages else None
+        limits = dataclasses.replace(self._limits, max_wait=options.max_wait)
+        self.scheduler = Scheduler(options.schedule, limits, self.pool, self._cost)
         rows = HostRows(self.runner.host_weights, self.bank.order_LR, self.bank.page)
         self.transfers = Transfers(
             rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
         )
-        pages = 0 if self.router_pool is None else self.router_pool.pages
-        self._expert_of = np.zeros((pages, options.kv_page), np.int16)  # of the tokens in router pages
+        self._expert_of = np.zeros((router_pages, options.kv_page), np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
         self._busy_since: float | None = None  # when the first of the batches on the device was sent there
         self._cached: dict[Request, int | None] = {}  # of requests that have arrived: prompt tokens found in pages
 
-    def _pool(self, name: str, token_bytes: int) -> PagePool:
+    def _pages(self, name: str, token_bytes: int) -> int:
+        """Pages of keys and values that the option `name` has room for."""
         size, page = getattr(self.options, name), self.options.kv_page
         pages = memory_bytes(size, name) // (page * token_bytes)
         require(pages >= 1, f"{name}={size!r} must hold a page of {page} tokens: at least {page * token_bytes} bytes")
-        return PagePool(min(pages, 2**31 // page - 1), page)
+        return min(pages, 2**31 // page - 1)
 
     # ---- requests come and go ---------------------------------------------------------------------
 
@@ -301,8 +310,3 @@ class Parts:
             "compiles_after_start": self.runner.compiles,
         }
         return figures | {f"requests_{reason}": count for reason, count in counters.finished.items()}
-
-    def close(self) -> None:
-        """End the thread of the transfers and let the device memory go."""
-        self.transfers.close()
-        self.runner.close()
