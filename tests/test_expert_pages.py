@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from oracles_core import random_table
 
 from readme_jax.models import expert_pages, experts
 from readme_jax.models.expert_pages import Pages
 from readme_jax.serving.bank import Bank
-from readme_jax.sharding import put
+from readme_jax.sharding import AXES, put
 
 D, F, LAYERS = 16, 40, 2
 
@@ -61,13 +62,18 @@ def listed(bank, slot_I, layer, named, rng, length=None):
     return put(slot_I[full]), put(full), put(np.int32(len(item_N)))
 
 
-run = jax.jit(expert_pages.portable)
+WAYS = {
+    "portable": jax.jit(expert_pages.portable),
+    "kernel": jax.jit(functools.partial(expert_pages.kernel, interpret=True)),
+}
+run = WAYS["portable"]
 CASES = [("tied", 5, 8, False), ("tied", 3, 3, True), ("tied", 40, 4, False), ("separate", 4, 4, True), ("tied", 1, 16, False)]
 
 
 @pytest.mark.parametrize("storage, count, page, biases", CASES)
 @pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_the_listed_pages_are_the_masked_ffn(mesh, storage, count, page, biases, tokens):
+@pytest.mark.parametrize("way", WAYS)
+def test_the_listed_pages_are_the_masked_ffn(mesh, storage, count, page, biases, tokens, way):
     bank, table_LEC, weights = bank_and_weights(storage, count, page, biases)
     pages, slot_I = placed(bank, table_LEC, weights, bank.items + 7)
     rng = np.random.default_rng(tokens)
@@ -75,8 +81,29 @@ def test_the_listed_pages_are_the_masked_ffn(mesh, storage, count, page, biases,
     for layer in range(LAYERS):
         expert_M = rng.integers(0, count, tokens).astype(np.int32)
         expected = oracle(x_MD, weights, table_LEC, layer, put(expert_M))
-        got = run(x_MD, pages, *listed(bank, slot_I, layer, set(expert_M.tolist()), rng), put(expert_M))
+        got = WAYS[way](x_MD, pages, *listed(bank, slot_I, layer, set(expert_M.tolist()), rng), put(expert_M))
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 64, 1024])
+@pytest.mark.parametrize("d, page", [(576, 16), (4096, 32)])
+def test_the_kernel_lowers_for_tpu(dtype, tokens, d, page):
+    """Mosaic takes it for decode and prefill at the widths of SmolLM2 and Llama 2, and elsewhere it is not used."""
+    slots, items, listed = 100, 300, 64
+    shaped = jax.ShapeDtypeStruct
+    pages = Pages(
+        shaped((slots, 3 * page, d), dtype), shaped((items + 1, 1, page), jnp.uint32),
+        shaped((items + 1, 2, page), dtype),
+    )  # fmt: skip
+    ids_N, one = shaped((listed,), jnp.int32), shaped((), jnp.int32)
+    inputs = (shaped((tokens, d), dtype), pages, ids_N, ids_N, one, shaped((tokens,), jnp.int32))
+    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(expert_pages.ffn).trace(*inputs)
+        text = traced.lower(lowering_platforms=("tpu",)).as_text()
+        assert text.count("tpu_custom_call") == 1 and "while" not in text
+        assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
 def test_parts_of_a_list_add_up(mesh):

@@ -14,8 +14,13 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from readme_jax.sharding import REPLICATED
 
 WORD = 32
+TILE = 256  # tokens that the kernel keeps beside a page
 PAGED = ("w_gate", "w_up", "w_down", "b_gate", "b_up")  # parameters of a layer that pages hold
 
 
@@ -24,22 +29,22 @@ PAGED = ("w_gate", "w_up", "w_down", "b_gate", "b_up")  # parameters of a layer 
 class Pages:
     """What the FFN of every layer reads.
 
-    pool_SQD: the pages on the device. member_IRW: uint32, bit e % 32 of word e // 32 is set when expert e has the
+    pool_SQD: the pages on the device. member_IWR: uint32, bit e % 32 of word e // 32 is set when expert e has the
     channel; one item more than there are, all zero, for the padding of lists. bias_I2R: biases of gate and up in the
     pages' order, None for families without.
     """
 
     pool_SQD: jax.Array
-    member_IRW: jax.Array
+    member_IWR: jax.Array
     bias_I2R: jax.Array | None = None
 
 
 def member_bits(touch_IER: np.ndarray) -> np.ndarray:
-    """uint32 [I + 1, R, W] of membership bool [I, E, R]; the last item is nobody's."""
+    """uint32 [I + 1, W, R] of membership bool [I, E, R]; the last item is nobody's."""
     items, count, rows = touch_IER.shape
-    bits = np.zeros((items + 1, rows, -(-count // WORD)), np.uint32)
+    bits = np.zeros((items + 1, -(-count // WORD), rows), np.uint32)
     for e in range(count):
-        bits[:-1, :, e // WORD] |= touch_IER[:, e].astype(np.uint32) << np.uint32(e % WORD)
+        bits[:-1, e // WORD] |= touch_IER[:, e].astype(np.uint32) << np.uint32(e % WORD)
     return bits
 
 
@@ -73,14 +78,12 @@ def membership(table_LEC: np.ndarray, order_LR: np.ndarray, page: int) -> np.nda
     return member_LER.reshape(layers, experts, -1, page).transpose(0, 2, 1, 3).reshape(-1, experts, page)
 
 
-def _keep(member_GRW: jax.Array, expert_M: jax.Array) -> jax.Array:
-    """bool [M, G, R]: the token's expert has the channel."""
-    words = member_GRW.shape[-1]
-    word_MGR = member_GRW[None, :, :, 0]
-    for w in range(1, words):
-        word_MGR = jnp.where((expert_M // WORD == w)[:, None, None], member_GRW[None, :, :, w], word_MGR)
-    shift_M11 = (expert_M % WORD).astype(jnp.uint32)[:, None, None]
-    return (word_MGR >> shift_M11) & 1 != 0
+def _keep(member_WR: jax.Array, expert_M1: jax.Array) -> jax.Array:
+    """bool [M, R]: the token's expert has the channel of a page's row."""
+    word_MR = member_WR[:1]
+    for w in range(1, member_WR.shape[0]):
+        word_MR = jnp.where(expert_M1 // WORD == w, member_WR[w : w + 1], word_MR)
+    return (word_MR >> (expert_M1 % WORD).astype(jnp.uint32)) & 1 != 0
 
 
 def block_pages(tokens: int) -> int:
@@ -93,7 +96,7 @@ def portable(
 ) -> jax.Array:
     """`ffn` in plain JAX: a loop over blocks of pages whose trip count follows from `count`."""
     (m, d), group = x_MD.shape, min(block_pages(x_MD.shape[0]), slot_N.shape[0])
-    rows, nobody = pages.pool_SQD.shape[1] // 3, pages.member_IRW.shape[0] - 1
+    rows, nobody = pages.pool_SQD.shape[1] // 3, pages.member_IWR.shape[0] - 1
 
     def take(slot_G: jax.Array, first: int, size: int) -> jax.Array:
         """[G * size, D]: these rows of each page."""
@@ -114,9 +117,9 @@ def portable(
         if pages.bias_I2R is not None:
             wide_MG2R += pages.bias_I2R[item_G].astype(x_MD.dtype)
         h_MGR = jax.nn.silu(wide_MG2R[:, :, 0]) * wide_MG2R[:, :, 1]
-        h_MGR = jnp.where(_keep(pages.member_IRW[item_G], expert_M), h_MGR, 0)
-        w_CD = take(slot_G, 2 * rows, rows)
-        return y_MD + jnp.matmul(h_MGR.reshape(m, -1), w_CD, preferred_element_type=jnp.float32)
+        member_WC = pages.member_IWR[item_G].transpose(1, 0, 2).reshape(-1, group * rows)
+        h_MC = jnp.where(_keep(member_WC, expert_M[:, None]), h_MGR.reshape(m, -1), 0)
+        return y_MD + jnp.matmul(h_MC, take(slot_G, 2 * rows, rows), preferred_element_type=jnp.float32)
 
     spare = -slot_N.shape[0] % group
     slot_N, item_N = jnp.pad(slot_N, (0, spare)), jnp.pad(item_N, (0, spare), constant_values=nobody)
@@ -124,12 +127,102 @@ def portable(
     return y_MD.astype(x_MD.dtype)
 
 
+def _kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, bias_ref, expert_ref, out_ref):
+    """One page for one tile of tokens: page n of the list is fetched while page n - 1 is computed."""
+    del slot_N, item_N  # the index maps read them
+    n, rows = pl.program_id(1), pool_ref.shape[1] // 3
+
+    @pl.when(n == 0)
+    def _():
+        out_ref[...] = jnp.zeros_like(out_ref)
+
+    @pl.when(n < count_1[0])
+    def _():
+        def product(first: int) -> jax.Array:
+            w_RD = pool_ref[0, first : first + rows, :]
+            return jax.lax.dot_general(x_MD, w_RD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+        x_MD = x_ref[...]
+        gate_MR, up_MR = product(0), product(rows)
+        if bias_ref is not None:
+            gate_MR += bias_ref[0, :1, :].astype(jnp.float32)
+            up_MR += bias_ref[0, 1:, :].astype(jnp.float32)
+        h_MR = gate_MR * jax.nn.sigmoid(gate_MR) * up_MR
+        h_MR = jnp.where(_keep(member_ref[0], expert_ref[...]), h_MR, 0.0).astype(x_MD.dtype)
+        w_RD = pool_ref[0, 2 * rows :, :]
+        out_ref[...] += jnp.dot(h_MR, w_RD, preferred_element_type=jnp.float32)
+
+
+def kernel(
+    x_MD: jax.Array,
+    pages: Pages,
+    slot_N: jax.Array,
+    item_N: jax.Array,
+    count: jax.Array,
+    expert_M: jax.Array,
+    *,
+    interpret: bool = False,
+) -> jax.Array:
+    """`ffn` as a Pallas kernel for TPU: the list is known before the kernel runs, so pages stream in one after another.
+
+    Past `count` the list's last page is named again, which fetches nothing.
+    """
+    (m, d), (_, q, _), (_, words, rows) = x_MD.shape, pages.pool_SQD.shape, pages.member_IWR.shape
+    tile = min(TILE, -(-m // 16) * 16)
+    spare = -m % tile
+    x_MD, expert_M1 = jnp.pad(x_MD, ((0, spare), (0, 0))), jnp.pad(expert_M, (0, spare))[:, None]
+
+    def last(n, count_1):
+        return jnp.maximum(jnp.minimum(n, count_1[0] - 1), 0)
+
+    def tokens(i, n, slot_N, item_N, count_1):
+        return i, 0
+
+    def slot(i, n, slot_N, item_N, count_1):
+        return slot_N[last(n, count_1)], 0, 0
+
+    def item(i, n, slot_N, item_N, count_1):
+        return item_N[last(n, count_1)], 0, 0
+
+    biased = pages.bias_I2R is not None
+    in_specs = [
+        pl.BlockSpec((tile, d), tokens),
+        pl.BlockSpec((1, q, d), slot),
+        pl.BlockSpec((1, words, rows), item),
+        pl.BlockSpec((1, 2, rows), item) if biased else None,
+        pl.BlockSpec((tile, 1), tokens),
+    ]
+    run = pl.pallas_call(
+        _kernel if biased else _unbiased,
+        out_shape=jax.ShapeDtypeStruct(x_MD.shape, jnp.float32),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(x_MD.shape[0] // tile, slot_N.shape[0]),
+            in_specs=[spec for spec in in_specs if spec is not None],
+            out_specs=pl.BlockSpec((tile, d), tokens),
+        ),
+        interpret=interpret,
+        name="expert_pages",
+    )
+    # by hand over the mesh's one device: with Explicit axes a kernel's buffers have no types
+    run = jax.shard_map(run, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
+    inputs = (x_MD, pages.pool_SQD, pages.member_IWR, *((pages.bias_I2R,) if biased else ()), expert_M1)
+    return run(slot_N, item_N, count[None], *inputs)[:m].astype(x_MD.dtype)
+
+
+def _unbiased(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, expert_ref, out_ref):
+    _kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, None, expert_ref, out_ref)
+
+
 def ffn(
     x_MD: jax.Array, pages: Pages, slot_N: jax.Array, item_N: jax.Array, count: jax.Array, expert_M: jax.Array
 ) -> jax.Array:
     """[M, D]: sum over the first `count` listed pages of the channels that each token's expert has.
 
-    slot_N, item_N: int32, where each page lies and which one it is. expert_M: int32 expert of each token. Without the
-    bias of down, which is not a page's.
+    slot_N, item_N: int32, where each page lies and which one it is; what stands past `count` is ignored. expert_M:
+    int32 expert of each token. Without the bias of down, which is not a page's. A Pallas kernel on TPU, plain JAX
+    elsewhere.
     """
-    return portable(x_MD, pages, slot_N, item_N, count, expert_M)
+    return jax.lax.platform_dependent(
+        x_MD, pages, slot_N, item_N, count, expert_M, tpu=kernel, default=portable
+    )
