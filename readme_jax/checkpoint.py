@@ -1,9 +1,10 @@
 """Training checkpoints: `{name: pure tree}` at an integer step, written while training goes on. The only file that
 knows Orbax (v1).
 
-Every process writes its own shards into `<root>/<step>`. When all files are there, process 0 adds `whole.json` with
-the size and CRC-32 of each: a folder without it, or that differs from it, does not count. Root must be on a file
-system that all processes share.
+Every process writes its own shards into `<root>/<step>`, reads back what it wrote and tells process 0 the size and
+CRC-32 of each file. When it has those of all, process 0 adds `whole.json` with them: a folder without it, or that
+differs from it, does not count. Whoever goes on from it shares the reading out anew, however many processes there were.
+Root must be on a file system that all processes share.
 """
 
 import concurrent.futures
@@ -11,10 +12,12 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 import threading
 import zlib
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +29,9 @@ from readme_jax.config import CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
 RETURNED = "returned.json"  # in the root: the run has gone back to its best checkpoint
+# Orbax's names for what each process writes. Process 0 writes the rest: an index of arrays, and notes of a few bytes.
+OWNED = re.compile(r"(?:^|/)(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/|$)")
+Sums = dict[str, list[int]]  # [bytes, CRC-32] of files, by relative name
 
 # Its threads log a traceback of what is raised to us anyway, and that we say in one line.
 logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in record.getMessage())
@@ -80,12 +86,24 @@ class Checkpoints:
         Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and
         that is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
         """
-        self._last = distributed.on_main(lambda: self._find(resume))
+        self._last = None
+        candidates, back = distributed.on_main(lambda: self._candidates(resume))
+        for step in candidates:
+            why = damage(self._root / str(step))
+            if not why:
+                self._last = step
+                break
+            self._damaged.add(step)
+            if distributed.is_main():
+                print(f"warning: checkpoint {step} is skipped: {why}", file=sys.stderr, flush=True)
+        if back and self._last is not None:
+            distributed.on_main(lambda: self._go_back(self._last))
         return self._last
 
-    def _find(self, resume: str) -> int | None:
+    def _candidates(self, resume: str) -> tuple[list[int], bool]:
+        """Steps to try, the first first, and whether the run then goes back to the one it takes."""
         if not self._root.is_dir():
-            return None
+            return [], False
         for path in self._root.iterdir():
             if not path.name.isdigit() and path.is_dir():  # what Orbax or `_remove` had in hand
                 shutil.rmtree(path, ignore_errors=True)
@@ -96,20 +114,10 @@ class Checkpoints:
         candidates = sorted(self._steps(), reverse=True)
         if back:
             scores = {step: score for step in candidates if (score := self._score(step)) is not None}
-            candidates = [*sorted(scores, key=lambda step: (scores[step], -step)), *candidates]
+            best = sorted(scores, key=lambda step: (scores[step], -step))
+            candidates = [*best, *(step for step in candidates if step not in scores)]
             back = bool(scores)
-        for step in candidates:
-            why = damage(self._root / str(step))
-            if not why:
-                if back:
-                    for later in self._steps():
-                        if later > step:
-                            self._remove(later)
-                    artifacts.write_text(note, json.dumps({"step": step}))  # last: a kill before it repeats the above
-                return step
-            self._damaged.add(step)
-            print(f"warning: checkpoint {step} is skipped: {why}", file=sys.stderr, flush=True)
-        return None
+        return candidates, back
 
     def save(self, step: int, trees: dict[str, Any], score: float | None = None) -> None:
         """Begin to write a checkpoint; waits for the one before it and for a copy of the arrays on the host.
@@ -134,10 +142,12 @@ class Checkpoints:
         self._finishing.start()
 
     def _finish(self, response: Any, step: int, score: float | None) -> None:
+        folder = self._root / str(step)
         try:
-            response.result()
-            if distributed.is_main():
-                seal(self._root / str(step), score)
+            response.result()  # of all processes: the folder has its name
+            told = distributed.aside(own_sums(folder))
+            if told is not None:
+                seal(folder, told, score)
                 self._damaged.discard(step)
                 self._prune()
         except Exception as error:
@@ -183,6 +193,13 @@ class Checkpoints:
     def _steps(self) -> list[int]:
         return [int(path.name) for path in self._root.iterdir() if path.name.isdigit() and path.is_dir()]
 
+    def _go_back(self, step: int | None) -> None:
+        for later in self._steps():
+            if step is not None and later > step:
+                self._remove(later)
+        # last: a kill before it repeats the above
+        artifacts.write_text(self._root / RETURNED, json.dumps({"step": step}))
+
     def _score(self, step: int) -> float | None:
         mark = _read_mark(self._root / str(step))
         return None if mark is None else mark["score"]
@@ -221,11 +238,11 @@ def _short(error: Exception, most: int = 300) -> str:
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
-def checksums(folder: Path) -> dict[str, list[int]]:
-    """[bytes, CRC-32] of every file below a folder except its mark, by relative name."""
-    paths = sorted(p for p in folder.rglob("*") if p.is_file() and p != folder / MARK)
+def checksums(folder: Path, names: Iterable[str]) -> Sums:
+    """[bytes, CRC-32] of the named files below a folder."""
+    names = list(names)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        return dict(zip((p.relative_to(folder).as_posix() for p in paths), pool.map(_checksum, paths)))
+        return dict(zip(names, pool.map(lambda name: _checksum(folder / name), names)))
 
 
 def _checksum(path: Path) -> list[int]:
@@ -236,9 +253,38 @@ def _checksum(path: Path) -> list[int]:
     return [path.stat().st_size, value]
 
 
-def seal(folder: Path, score: float | None = None) -> None:
-    """Declare a checkpoint whole."""
-    artifacts.write_text(folder / MARK, json.dumps({"score": score, "files": checksums(folder)}))
+def _names(folder: Path) -> list[str]:
+    names = (p.relative_to(folder).as_posix() for p in sorted(folder.rglob("*")) if p.is_file())
+    return [name for name in names if name != MARK]
+
+
+def written_by(folder: Path, process: int, processes: int) -> list[str]:
+    """Relative names of the files of a checkpoint that one process of the run wrote, the mark left out."""
+
+    def owner(name: str) -> int:
+        found = OWNED.search(name)
+        return int(found[1]) if found and int(found[1]) < processes else 0
+
+    return [name for name in _names(folder) if owner(name) == process]
+
+
+def own_sums(folder: Path) -> Sums | str:
+    """Of the files that this process wrote, or why there are none: process 0 learns of that too, and does not wait."""
+    try:
+        return checksums(folder, written_by(folder, distributed.rank(), distributed.count()))
+    except OSError as error:
+        return f"{error}"
+
+
+def seal(folder: Path, told: Sequence[Sums | str], score: float | None = None) -> None:
+    """Declare a checkpoint whole, of which each process has told `own_sums`. OSError when one could not."""
+    files: Sums = {}
+    for process, sums in enumerate(told):
+        if isinstance(sums, str):
+            raise OSError(f"process {process}: {sums}")
+        files |= sums
+    files |= checksums(folder, [name for name in _names(folder) if name not in files])  # none, but nothing is left out
+    artifacts.write_text(folder / MARK, json.dumps({"score": score, "files": files}))
 
 
 def _read_mark(folder: Path) -> dict[str, Any] | None:
@@ -254,18 +300,48 @@ def _read_mark(folder: Path) -> dict[str, Any] | None:
 
 
 def damage(folder: Path) -> str:
-    """What is wrong with a checkpoint, in a few words with the name of the file; empty when it is whole."""
+    """What is wrong with a checkpoint, in a few words with the name of the file; empty when it is whole.
+
+    All processes call it, each reads a share of the files, and all get the same answer.
+    """
+    files, why = distributed.on_main(lambda: _listed(folder))
+    if why:
+        return why
+    mine = shares(files, distributed.count())[distributed.rank()]
+    found = distributed.everyone(_differs(folder, {name: files[name] for name in mine}))
+    return next(filter(None, found), "")
+
+
+def _listed(folder: Path) -> tuple[Sums, str]:
+    """The files of a checkpoint as its mark lists them, and what is wrong as far as is seen without reading them."""
     mark = _read_mark(folder)
     if mark is None:
-        return f"{folder}: it was not written to its end ({MARK} is missing)"
+        return {}, f"{folder}: it was not written to its end ({MARK} is missing)"
     for name, (size, _) in mark["files"].items():
         path = folder / name
         if not path.is_file():
-            return f"{path}: missing"
+            return {}, f"{path}: missing"
         if path.stat().st_size != size:
-            return f"{path}: {path.stat().st_size} bytes, {size} were written"
-    found = checksums(folder)
-    for name, entry in mark["files"].items():
-        if found[name] != entry:
-            return f"{folder / name}: its checksum differs from when it was written"
-    return ""
+            return {}, f"{path}: {path.stat().st_size} bytes, {size} were written"
+    return mark["files"], ""
+
+
+def shares(files: Sums, processes: int) -> list[list[str]]:
+    """Names of the files that each process reads: about equal bytes, and every file once."""
+    parts: list[list[str]] = [[] for _ in range(processes)]
+    taken = [0] * processes
+    for name in sorted(files, key=lambda name: (-files[name][0], name)):
+        least = taken.index(min(taken))
+        parts[least].append(name)
+        taken[least] += files[name][0]
+    return parts
+
+
+def _differs(folder: Path, files: Sums) -> str:
+    """The first of some files that is not as it was written, in words; empty for none."""
+    try:
+        found = checksums(folder, files)
+    except OSError as error:
+        return f"{folder}: it cannot be read: {error}"
+    wrong = next((name for name in files if found[name] != files[name]), None)
+    return "" if wrong is None else f"{folder / wrong}: its checksum differs from when it was written"

@@ -196,6 +196,11 @@ def rank() -> int:
     return 0 if _line is None else _line.process
 
 
+def count() -> int:
+    """Number of processes."""
+    return 1 if _line is None else _count
+
+
 def is_main() -> bool:
     """True on process 0: it alone writes logs, results and what a person reads."""
     return rank() == 0
@@ -240,6 +245,20 @@ def everyone(value: Any) -> list[Any]:
 def barrier() -> None:
     """Wait until every process is here. What one of them wrote to shared files before it, the others then read."""
     everyone(None)
+
+
+def aside(value: Any) -> list[Any] | None:
+    """Hand a value (plain JSON) to process 0 from a thread beside the main one: it does not meet what those say.
+
+    Process 0 waits for those of all processes and gets them by number; the others get None, at once. One thread of a
+    process at a time.
+    """
+    if _line is None:
+        return [value]
+    if _line.process > 0:
+        _line.tell(["aside", value])
+        return None
+    return [value, *(_line.hear_aside(other) for other in range(1, _count))]
 
 
 class Agreement:

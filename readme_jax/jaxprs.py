@@ -132,10 +132,11 @@ def scanned(params: dict[str, Any]) -> tuple[int, int]:
 
 
 class Program:
-    """A jaxpr as one list of operations in order, with calls and one turn of every loop in place."""
+    """A jaxpr as one list of operations in order, with calls and one turn of every loop in place, as it is lowered for
+    `platform` (`tpu`, `gpu` or `cpu`)."""
 
-    def __init__(self, closed: Any, cpu: bool = False):
-        self.cpu = cpu
+    def __init__(self, closed: Any, platform: str = "tpu"):
+        self.platform, self.cpu = platform, platform == "cpu"
         self.ops: list[Op] = []
         self.values: list[Value] = []
         self.ends: dict[Region, int] = {}
@@ -211,6 +212,10 @@ class Program:
             first = params["cond_nconsts"] + params["body_nconsts"]
             body = opened(params["body_jaxpr"])
             return self.loop(body, ins[params["cond_nconsts"] : first], ins[first:], len(made), made)
+        if name == "cond" and params.get("branches_platforms"):  # one of `platform_dependent`, chosen when lowered
+            pairs = zip(params["branches"], params["branches_platforms"], strict=True)
+            own = next(branch for branch, names in pairs if names is None or self.platform in names)
+            return self.run(opened(own), ins[1:])
         if name == "cond":
             outs = [self.of(aval) for aval in made]
             for branch in params["branches"]:

@@ -289,15 +289,16 @@ def _of_weights(spans: list[tuple[Value, int, int]], weights: frozenset) -> floa
     return most[1] / max(most[0], 1)
 
 
-def usage(closed: Any, donated: int, *, cpu: bool = False, weights: frozenset = frozenset()) -> Usage:
+def usage(closed: Any, donated: int, *, platform: str = "tpu", weights: frozenset = frozenset()) -> Usage:
     """Peak bytes of a traced step: `closed` its jaxpr, whose first `donated` flat arguments are given up to it.
 
     weights: sorted shapes that count as weights (see `Usage`).
 
-    cpu: the CPU backend's schedule, breadth first: everything that starts as a constant, stacked outputs of loops among
-    it, is made before anything else. Other backends make it when it is wanted.
+    platform: `tpu`, `gpu` or `cpu`. Of code for one platform, that of the others is left out. The CPU backend's
+    schedule is breadth first: everything that starts as a constant, stacked outputs of loops among it, is made before
+    anything else. Other backends make it when it is wanted.
     """
-    program = Program(closed, cpu)
+    program, cpu = Program(closed, platform), platform == "cpu"
     results = {id(v) for v in program.results}
     _mark_needed(program)
     for argument in program.arguments:

@@ -11,6 +11,7 @@ import json
 import os
 import queue
 import secrets
+import selectors
 import socket
 import sys
 import threading
@@ -20,7 +21,7 @@ from typing import Any, BinaryIO, NoReturn
 from readme_jax.config import PeerError, ReadMeError, require
 
 GRACE = 5.0  # seconds that a process has to report an error of its own when another one has reported one
-HELLO = 5.0  # seconds that a connection has to say who it is: the next one waits meanwhile
+HELLO = 5.0  # seconds that a connection has to say who it is
 Message = list[Any]
 Link = tuple[socket.socket, BinaryIO]
 
@@ -43,33 +44,67 @@ def _card(server: socket.socket, hosts: list[str]) -> dict[str, Any]:
 
 
 def accept(server: socket.socket, card: dict[str, Any], processes: int, timeout: float) -> "Peers":
-    """Process 0: wait for every other process; who else connects is sent away. PeerError when one does not come within
-    `timeout` seconds."""
+    """Process 0: wait for every other process; who else connects is sent away, and keeps nobody waiting. PeerError when
+    one does not come within `timeout` seconds."""
     links: dict[int, Link] = {}
+    unknown: dict[socket.socket, tuple[float, bytes]] = {}  # until when each may say who it is, and what it said
     end = time.monotonic() + timeout
-    with server:
+    with server, selectors.DefaultSelector() as ready:
+
+        def drop(link: socket.socket) -> None:
+            ready.unregister(link)
+            del unknown[link]
+
+        server.setblocking(False)
+        ready.register(server, selectors.EVENT_READ)
         while missing := sorted(set(range(1, processes)) - set(links)):
-            try:
-                server.settimeout(max(end - time.monotonic(), 0.001))
-                link, _ = server.accept()
-            except OSError:
-                raise PeerError(f"process {missing[0]} did not connect within {timeout:.0f} s") from None
-            link.settimeout(max(min(end - time.monotonic(), HELLO), 0.001))
-            reader = link.makefile("rb")  # kept: it may hold more than the first line
-            process = _hello(reader, card["key"])
-            if process in missing:
-                links[process] = (link, reader)
-            else:
+            now = time.monotonic()
+            for link in [link for link, (last, _) in unknown.items() if last <= now]:
+                drop(link)
                 link.close()
-                reader.close()
+            if now >= end:
+                for link in unknown:
+                    link.close()
+                raise PeerError(f"process {missing[0]} did not connect within {timeout:.0f} s")
+            for key, _ in ready.select(min([end, *(last for last, _ in unknown.values())]) - now):
+                if key.fileobj is server:
+                    with contextlib.suppress(BlockingIOError, ConnectionError):  # it is gone again
+                        link, _ = server.accept()
+                        link.setblocking(False)
+                        ready.register(link, selectors.EVENT_READ)
+                        unknown[link] = (now + HELLO, b"")
+                    continue
+                link: socket.socket = key.fileobj  # pyright: ignore[reportAssignmentType]
+                last, said = unknown[link]
+                more = _rest_of_line(link)
+                unknown[link] = (last, said + more)
+                if more and not more.endswith(b"\n") and len(said + more) < 500:
+                    continue
+                drop(link)
+                process = _process(said + more, card["key"])
+                if process in links or not 0 < process < processes:
+                    link.close()
+                    continue
+                link.settimeout(timeout)
+                links[process] = (link, link.makefile("rb"))
+        for link in unknown:
+            link.close()
     return Peers(0, links, timeout)
 
 
-def _hello(reader: BinaryIO, key: str) -> int:
+def _rest_of_line(link: socket.socket) -> bytes:
+    """What has come, up to the end of a line and not beyond: that is for who listens next. Empty when it is closed."""
+    with contextlib.suppress(OSError):
+        seen = link.recv(500, socket.MSG_PEEK)
+        return link.recv(seen.find(b"\n") + 1 or len(seen)) if seen else b""
+    return b""
+
+
+def _process(line: bytes, key: str) -> int:
     """The number of the process that knows the key; -1 for anybody else."""
-    with contextlib.suppress(OSError, ValueError, RecursionError):
-        hello = json.loads(reader.readline(500))
-        if isinstance(hello, dict) and hello.get("key") == key and isinstance(hello.get("process"), int):
+    with contextlib.suppress(ValueError, RecursionError):
+        hello = json.loads(line)
+        if isinstance(hello, dict) and hello.get("key") == key and type(hello.get("process")) is int:
             return hello["process"]
     return -1
 
@@ -92,6 +127,7 @@ class Peers:
         self.process, self._timeout = process, timeout
         self._links = {other: link for other, (link, _) in links.items()}
         self._inbox: dict[int, queue.SimpleQueue[Message]] = {other: queue.SimpleQueue() for other in links}
+        self._aside: dict[int, queue.SimpleQueue[Any]] = {other: queue.SimpleQueue() for other in links}
         self._sending, self._failing, self._left = threading.Lock(), threading.Event(), set[int]()
         self._ending = threading.Lock()  # taken by the thread that ends this process, and kept
         self._threads = [
@@ -120,6 +156,10 @@ class Peers:
             kinds = {ReadMeError, *_subclasses(ReadMeError)}
             raise {k.__name__: k for k in kinds}[rest[0]](rest[1])
         return rest[0]
+
+    def hear_aside(self, other: int) -> Any:
+        """The next value that process `other` told aside; if it dies, this process ends."""
+        return self._aside[other].get()
 
     def close(self) -> None:
         """Take leave: from now on the end of this process is no failure."""
@@ -153,6 +193,8 @@ class Peers:
                     continue
                 if kind == "bye":
                     self._left.add(other)
+                elif kind == "aside":
+                    self._aside[other].put(rest[0])
                 elif kind == "gone":
                     self._end(other, f"process {rest[0]} is gone ({rest[1]})")
                 elif kind == "failed":

@@ -132,9 +132,9 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
     shapes, found = _weight_shapes(run), {}
     held = {before: resident(run, before) for before in (False, True)}
     for name, step in abstract.train_steps(run).items():
-        key = (platform == "cpu", shapes, step.identity)
+        key = (platform, shapes, step.identity)
         if key not in _known:  # levers change one step and leave others as they are
-            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, cpu=platform == "cpu", weights=shapes)
+            _known[key] = liveness.usage(step.trace().jaxpr, step.donated, platform=platform, weights=shapes)
         needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)
@@ -211,12 +211,16 @@ def _changes(run: Run, more: bool) -> Iterator[tuple[str, AlternateConfig]]:
     if chosen.head_chunk > 32:
         half = replace(chosen, head_chunk=chosen.head_chunk // 2)
         yield f"experts.head_chunk={half.head_chunk}", replace(config, experts=half)
+    # Separate experts are split over `expert` and `model` alone: there `data` saves little.
+    axes = ("expert", "model") if chosen.way == "parallel" else ("model",)
     if more:
-        yield f"mesh.data={2 * mesh.data}", replace(config, mesh=replace(mesh, data=2 * mesh.data))
-        yield f"mesh.model={2 * mesh.model}", replace(config, mesh=replace(mesh, model=2 * mesh.model))
+        for axis in ("data", *axes):
+            other = replace(mesh, **{axis: 2 * getattr(mesh, axis)})
+            yield f"mesh.{axis}={getattr(other, axis)}", replace(config, mesh=other)
     elif mesh.data % 2 == 0:
-        other = replace(mesh, data=mesh.data // 2, model=2 * mesh.model)
-        yield f"mesh.data={other.data} mesh.model={other.model}", replace(config, mesh=other)
+        for axis in axes:
+            other = replace(mesh, data=mesh.data // 2, **{axis: 2 * getattr(mesh, axis)})
+            yield f"mesh.data={other.data} mesh.{axis}={getattr(other, axis)}", replace(config, mesh=other)
 
 
 def levers(run: Run, platform: str, now: int, more: bool) -> list[Lever]:

@@ -322,6 +322,52 @@ def test_bad_policies(bad, said):
         CheckpointConfig(**bad)
 
 
+def test_each_process_sums_what_it_wrote(tmp_path):
+    """By Orbax's names; what nobody else owns is of process 0, and the mark of nobody."""
+    names = ("a/d/1", "a/manifest.ocdbt", "a/ocdbt.process_0/d/2", "a/ocdbt.process_1/d/3", "a/ocdbt.process_12/d/4")
+    names += ("b/array_metadatas/process_1", "b/ocdbt.process_1.old/d/5", "whole.json")
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    parts = [checkpoint.written_by(tmp_path, process, 3) for process in range(3)]
+    assert parts[1:] == [["a/ocdbt.process_1/d/3", "b/array_metadatas/process_1"], []]
+    assert sorted(sum(parts, [])) == sorted(set(names) - {"whole.json"})
+    assert checkpoint.written_by(tmp_path, 12, 13) == ["a/ocdbt.process_12/d/4"]
+    # what one process cannot read makes no checkpoint, and what one forgot is in the mark all the same
+    told = [checkpoint.checksums(tmp_path, part) for part in parts]
+    with pytest.raises(OSError, match="process 1: no such disk"):
+        checkpoint.seal(tmp_path, [told[0], "no such disk", told[2]])
+    assert (tmp_path / "whole.json").read_text() == "whole.json"
+    checkpoint.seal(tmp_path, [told[0], {}, told[2]], 2.0)
+    assert not damage(tmp_path)
+    (tmp_path / "a/ocdbt.process_1/d/3").write_text("A" * len(names[3]))
+    assert "a/ocdbt.process_1/d/3: its checksum differs" in damage(tmp_path)
+
+
+def test_reading_back_is_shared_out(tmp_path, monkeypatch):
+    """Every file is read once, by one process, whoever wrote it; each has about as many bytes to read."""
+    files = {f"f{i}": [size, 0] for i, size in enumerate((900, 10, 300, 300, 290, 5, 0, 1))}
+    for processes in (1, 2, 3, 11):
+        parts = checkpoint.shares(files, processes)
+        assert len(parts) == processes and sorted(sum(parts, [])) == sorted(files)
+        loads = [sum(files[name][0] for name in part) for part in parts]
+        assert max(loads) <= max(900, sum(loads) / processes + 10)
+    # process 1 of two reads its half, and believes process 0 of the other
+    names = [f"{i}" for i in range(6)]
+    for name in names:
+        (tmp_path / name).write_text(name)
+    checkpoint.seal(tmp_path, [checkpoint.checksums(tmp_path, names)])
+    read, real = [], checkpoint._checksum
+    monkeypatch.setattr(checkpoint, "_checksum", lambda path: read.append(path.name) or real(path))
+    monkeypatch.setattr(checkpoint.distributed, "count", lambda: 2)
+    monkeypatch.setattr(checkpoint.distributed, "rank", lambda: 1)
+    monkeypatch.setattr(checkpoint.distributed, "everyone", lambda mine: ["said by 0", mine])
+    assert damage(tmp_path) == "said by 0" and sorted(read) == names[1::2]
+    (tmp_path / "1").write_text("x")
+    monkeypatch.setattr(checkpoint.distributed, "everyone", lambda mine: ["", mine])
+    assert damage(tmp_path) == f"{tmp_path / '1'}: its checksum differs from when it was written"
+
+
 def test_the_mark_is_plain_json(tmp_path, mesh):
     saved(tmp_path / "c", 3)
     mark = json.loads((tmp_path / "c/3" / checkpoint.MARK).read_text())

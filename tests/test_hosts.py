@@ -1,5 +1,6 @@
 """Several processes train together: killed, asked to stop, one of them lost; and on another number of processes."""
 
+import json
 import re
 import shutil
 import signal
@@ -10,6 +11,7 @@ import pytest
 from processes import ended, start, weights
 
 from readme_jax import carve as carving
+from readme_jax.checkpoint import checksums
 from readme_jax.metrics import read_metrics
 
 RUN = {
@@ -62,23 +64,37 @@ def runs(stages, tmp_path_factory):
     assert ended(running) == [76, -signal.SIGKILL]
     seconds = time.monotonic() - began
     shutil.copytree(partial, root / "snapshot")
+    marks = {int(p.parent.name): json.loads(p.read_text()) for p in partial.glob("checkpoints/*/whole.json")}
+    newest = partial / "checkpoints" / str(max(marks))
+    harmed = next(newest / name for name in marks[max(marks)]["files"] if "experts/ocdbt.process_1/d/" in name)
+    content = harmed.read_bytes()
+    harmed.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     running = go("killed", "both.log")
     until(partial / "checkpoints/8/whole.json", running)
     for process in running:
         process.kill()
     assert ended(running) == [-signal.SIGKILL] * 2
     assert ended(go("killed", "last.log")) == [0, 0], said(root / "last.log", 0)
-    return root, seconds
+    return root, seconds, marks, harmed
 
 
 def test_killed_one_then_both_ends_bit_equal(runs):
-    root, seconds = runs
+    root, seconds, marks, harmed = runs
     assert seconds < 10
     (line,) = errors(root / "one.log", 0)
     assert line.startswith("error: process 1 is gone (its connection closed); process 0 ends too.")
     told = [line for log in ("both.log", "last.log") for line in said(root / log, 0) if line.startswith("resumed at")]
     resumed = [int(line.split()[3]) for line in told]
-    assert len(resumed) == 2 and 4 <= resumed[0] < resumed[1] and resumed[1] >= 8
+    *_, before, newest = sorted(marks)
+    assert len(resumed) == 2 and resumed[0] == before < newest and resumed[1] >= 8
+    warned = [[line for line in said(root / "both.log", p) if line.startswith("warning: ")] for p in (0, 1)]
+    assert warned == [
+        [f"warning: checkpoint {newest} is skipped: {harmed}: its checksum differs from when it was written"], []
+    ]  # fmt: skip
+    for step, mark in marks.items():
+        folder = root / "snapshot/checkpoints" / str(step)
+        there = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "whole.json"]
+        assert mark["files"] == checksums(folder, sorted(there)), "of both processes"
     a, b = weights(root / "whole"), weights(root / "killed")
     assert a.keys() == b.keys() and [n for n in a if not np.array_equal(a[n], b[n])] == []
     assert (root / "whole/metrics.jsonl").read_text() == (root / "killed/metrics.jsonl").read_text()
@@ -91,7 +107,7 @@ def test_killed_one_then_both_ends_bit_equal(runs):
 @pytest.mark.parametrize("mesh", [{"data": 4, "model": 2}, {"data": 1}], ids=["eight devices", "one device"])
 def test_goes_on_in_one_process(runs, stages, tmp_path, mesh, capsys):
     """A checkpoint of two processes, on eight devices of one and on one device: what rounding leaves apart."""
-    root, _ = runs
+    root = runs[0]
     shutil.copytree(root / "snapshot", tmp_path / ".out.partial")
     stages.alternate(tmp_path / "out", **(RUN | {"mesh": mesh}))
     assert "resumed at step" in capsys.readouterr().out
@@ -112,7 +128,7 @@ def test_goes_on_in_one_process(runs, stages, tmp_path, mesh, capsys):
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_process_is_gone(runs, stages, tmp_path, frozen):
     """Its system still answers for it; the other one ends as for a death, before JAX ends it with a stack trace."""
-    root, _ = runs
+    root = runs[0]
     config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"hosts__timeout": 5}))
     running = start("alternate", "--config", config, logs=tmp_path / "log", cache=str(root / "compiled"), **TWO)
     until(tmp_path / ".out.partial/checkpoints/2/whole.json", running)
@@ -129,7 +145,7 @@ def test_a_frozen_process_is_gone(runs, stages, tmp_path, frozen):
 @pytest.mark.slow
 def test_sigterm_saves_and_leaves_with_its_code(runs, stages, tmp_path):
     """To one of two; the other learns of it. Then the run goes on to the same end."""
-    root, _ = runs
+    root = runs[0]
     config = stages.yaml("alternate", tmp_path / "out", **(RUN | {"checkpoint__steps": 0}))
     command = ("alternate", "--config", config)
     options = {"logs": tmp_path / "log", "cache": str(root / "compiled"), **TWO}

@@ -197,13 +197,26 @@ def test_rows_added_to_zeros_are_added_to_what_they_join(mesh):
 
     args = [((512, 64), jnp.float32), ((8,), jnp.int32), ((4, 64), jnp.float32)]
     traced = jax.jit(f).trace(*(jax.ShapeDtypeStruct(*each) for each in args))
-    needs, xla = liveness.usage(traced.jaxpr, 0, cpu=True).heap, traced.lower().compile().memory_analysis()
+    needs, xla = liveness.usage(traced.jaxpr, 0, platform="cpu").heap, traced.lower().compile().memory_analysis()
     table = 512 * 64 * 4
     assert (
         xla is not None
         and table <= needs < 1.2 * table
         and xla.temp_size_in_bytes + xla.output_size_in_bytes < 1.2 * table
     )
+
+
+def test_code_for_other_platforms_needs_nothing(mesh):
+    def f(x):
+        def wide(x):
+            return jnp.sum(jnp.tanh(x[:, None] @ x[None]), 0)
+
+        return jax.lax.platform_dependent(x, cpu=lambda x: x * 2, default=wide)
+
+    traced = jax.jit(f).trace(jax.ShapeDtypeStruct((256,), jnp.float32))
+    assert liveness.usage(traced.jaxpr, 0, platform="cpu").heap == 1024
+    for platform in ("tpu", "gpu"):
+        assert liveness.usage(traced.jaxpr, 0, platform=platform).heap > 256 * 1024
 
 
 def test_weights_are_told_from_what_tokens_make(mesh):

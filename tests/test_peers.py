@@ -51,6 +51,8 @@ def test_values_and_errors_travel(three):
     line, _ = three
     line[1].tell(["value", {"a": [1, 2]}])
     line[2].tell(["value", None])
+    line[1].tell(["aside", {"b": 3}])
+    assert line[0].hear_aside(1) == {"b": 3}
     assert line[0].hear(1) == {"a": [1, 2]} and line[0].hear(2) is None
     line[0].tell(["error", "DataError", "text: empty"])
     for other in (1, 2):
@@ -157,16 +159,17 @@ def test_strangers_are_sent_away(monkeypatch):
     for stranger, text in zip(strangers, words):
         stranger.sendall(text)
         stranger.close()
-    found = []
-    late = threading.Thread(target=lambda: found.append(peers.connect(card, 1, 10, ("127.0.0.1",))))
+    found = {}
+    late = threading.Thread(target=lambda: found.update({1: peers.connect(card, 1, 10, ("127.0.0.1",))}))
     late.start()
-    found.append(peers.accept(server, card, 2, 10))
+    found[0] = peers.accept(server, card, 2, 10)
     late.join()
-    found[1].tell(["value", 5])
-    assert found[0].hear(0) == 5
-    for line in found:
+    found[0].tell(["value", 5])
+    assert found[1].hear(0) == 5
+    for line in found.values():
         line.close()
     server, card = peers.listen()
+    monkeypatch.setattr(peers, "HELLO", 60)
     strangers += [socket.create_connection(("127.0.0.1", card["port"])) for _ in range(5)]
     began = time.monotonic()
     with raises(PeerError, "process 1 did not connect within 1 s"):
@@ -174,6 +177,49 @@ def test_strangers_are_sent_away(monkeypatch):
     assert time.monotonic() - began < 1.2
     for stranger in strangers:
         stranger.close()
+
+
+def test_silent_connections_keep_nobody_waiting(monkeypatch):
+    """Many of them, before a process comes whose words arrive in pieces with the next message behind them."""
+    monkeypatch.setattr(peers, "HELLO", 60)
+    server, card = peers.listen()
+    silent = [socket.create_connection(("127.0.0.1", card["port"])) for _ in range(50)]
+    hello = json.dumps({"key": card["key"], "process": 1}).encode() + b'\n["value", 7]\n["aside", 8]\n["val'
+    late = socket.create_connection(("127.0.0.1", card["port"]))
+    late.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    silent[0].sendall(b"x")
+
+    def speak():
+        for piece in (hello[:5], hello[5:20], hello[20:]):
+            late.sendall(piece)
+            time.sleep(0.05)
+
+    speaking = threading.Thread(target=speak)
+    speaking.start()
+    began = time.monotonic()
+    line = peers.accept(server, card, 2, 30)
+    assert time.monotonic() - began < 5
+    speaking.join()
+    late.sendall(b'ue", 9]\n')
+    assert [line.hear(1), line.hear(1), line.hear_aside(1)] == [7, 9, 8]
+    assert all(each.recv(1) == b"" for each in silent[1:]), "they are sent away when all are there"
+    line.close()
+    for link in (*silent, late):
+        link.close()
+
+
+def test_a_silent_connection_is_sent_away_in_time(monkeypatch):
+    monkeypatch.setattr(peers, "HELLO", 0.2)
+    server, card = peers.listen()
+    found = []
+    waiting = threading.Thread(target=lambda: found.append(peers.accept(server, card, 2, 30)))
+    waiting.start()
+    silent = [socket.create_connection(("127.0.0.1", card["port"]), 10) for _ in range(3)]
+    assert [each.recv(1) for each in silent] == [b""] * 3 and not found
+    found.append(peers.connect(card, 1, 10, ("127.0.0.1",)))
+    waiting.join()
+    for line in found:
+        line.close()
 
 
 @pytest.mark.parametrize(

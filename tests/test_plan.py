@@ -106,6 +106,30 @@ def test_levers_on_the_same_devices(llama2):
     assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
 
 
+def test_levers_of_separate_experts(llama2):
+    """They are split over `expert` and `model`, not over `data`: weights and moments say so, and the levers."""
+
+    def planned_on(data, expert):
+        config = load_plan(llama2, mesh=MeshConfig(data=data, expert=expert), carve_experts=8)
+        phase = dataclasses.replace(config.experts, way="parallel", batch=32, accum=4)
+        config = dataclasses.replace(config, router=dataclasses.replace(config.router, steps=0), experts=phase)
+        run, _ = plan.read_run(config)
+        with jax.sharding.use_abstract_mesh(planning.abstract_mesh(config.mesh)):
+            return run, planning.peak(planning.memory(run, "tpu"))[1]
+
+    (run, now), own = planned_on(8, 2), 8 * 32 * 3 * 4096 * 5504  # parameters of all experts
+    other = 6_738_415_616 - 32 * 3 * 4096 * 11008  # of what the batch's devices share
+    assert now.weights == pytest.approx(4 * (own / 2 + other / 16), rel=0.01)
+    assert now.optimizer == pytest.approx(8 * (own / 2 + other / 16), rel=0.01)
+    found = {lever.setting: lever.total for lever in planning.levers(run, "tpu", now.total, more=True)}
+    assert list(found)[:2] == ["mesh.expert=4", "mesh.model=2"] and found["mesh.model=2"] < 0.55 * now.total
+    assert found["mesh.data=16"] > 0.94 * now.total
+    there = {lever.setting for lever in planning.levers(run, "tpu", now.total, more=False)}
+    assert {"mesh.data=4 mesh.expert=4", "mesh.data=4 mesh.model=2"} <= there
+    run, now = planned_on(2, 8)  # one expert a device: the axis can be no longer
+    assert not [lever for lever in planning.levers(run, "tpu", now.total, more=True) if "expert=" in lever.setting]
+
+
 def test_levers_of_precision(llama2):
     """Of a run that distils in float32: what each saves."""
     run, _ = plan.read_run(load_plan(llama2, mesh=MeshConfig(data=8)))

@@ -104,7 +104,7 @@ class Bank:
             layer_N = np.repeat(np.arange(self.layers, dtype=np.int32), counts_L)
             for array in (items_N, layer_N):
                 array.flags.writeable = False
-            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)), bits(need_LP))
+            found = Need(items_N, bounds, layer_N, int(counts_L.max(initial=0)), bits(np.asarray(need_LP)))
             if (len(self._needs) + 1) * self.items > CACHED_IDS:
                 self._needs.clear()
             self._needs[key] = found
