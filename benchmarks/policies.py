@@ -31,7 +31,7 @@ import numpy as np
 from readme_jax.config import RouterConfig
 from readme_jax.serving import machines, report, study, traces
 from readme_jax.serving.bank import Bank
-from readme_jax.serving.machines import Costs
+from readme_jax.serving.machines import Assumed, Costs
 from readme_jax.serving.policies import Limits
 from readme_jax.serving.simulate import Serving, Simulation
 from readme_jax.serving.study import Case
@@ -39,14 +39,14 @@ from readme_jax.serving.traces import ArrivalsConfig, RoutedRequest
 
 MODEL, MACHINE, MEMORY = "llama2-7b", "a100-80", "0.25x"
 TIED_PAGE = 172  # channels; 4.2 MB of Llama-2-7B, near the best of transfer size and rows read in vain
-LENGTHS = {"prompt_mean": 64.0, "prompt_sigma": 0.5, "output_mean": 64.0, "output_sigma": 0.5}
+LENGTHS = ArrivalsConfig(requests=1, rate=1.0, prompt_mean=64, prompt_sigma=0.5, output_mean=64, output_sigma=0.5)
 HEADLINE = (16, 48)  # batch_requests, max_live
 WORST = {"hidden_share": 1.0, "wasted_bytes": 0}
 
 
 def requests(count: int, rate: float = 1e9, stay: float = 0.71, burstiness: float = 0.5) -> list[RoutedRequest]:
     """Drawn requests with their experts; at the default rate all come at once."""
-    arrivals = ArrivalsConfig(requests=count, rate=rate, burstiness=burstiness, **LENGTHS)
+    arrivals = dataclasses.replace(LENGTHS, requests=count, rate=rate, burstiness=burstiness)
     return list(traces.route(traces.generate(arrivals), traces.RouterConfig(stay=stay, zipf=0.0)))
 
 
@@ -183,7 +183,7 @@ def soak(count: int) -> dict:
     """A million requests; SystemExit when something is left or memory grows."""
     cfg = machines.MODELS["smollm2-135m"]
     bank = Bank.synthetic(layers=2, experts=4, channels=cfg.mlp // 2, row_bytes=3 * cfg.embed * 2, page=cfg.mlp // 4)
-    slow = dataclasses.replace(machines.find("v5e"), step_overhead=0.3)  # a million requests fill a day
+    slow = machines.find("v5e", Assumed(step_overhead=0.3))  # a million requests fill a day
     costs = Costs(slow, dataclasses.replace(cfg, layer=2), cfg.mlp // 2, RouterConfig(), 4, bank.page)
     served, steps = collections.deque(maxlen=1000), collections.deque(maxlen=1000)
     serving = Serving(limits=Limits(batch_requests=32, max_live=128))

@@ -16,6 +16,7 @@ from readme_jax import cli
 from readme_jax.config import require, to_dict
 from readme_jax.metrics import progress
 from readme_jax.serving import machines, paper, plots, report, study, trace_files, traces
+from readme_jax.serving.machines import Assumed
 from readme_jax.serving.policies import POLICIES as SCHEDULES
 from readme_jax.serving.residency import POLICIES as RESIDENCIES
 from readme_jax.serving.simulate import Serving, Simulation
@@ -31,6 +32,8 @@ class SimulateConfig:
     """llama2-7b, llama2-13b, llama2-70b, smollm2-135m, or the folder of a carved model."""
     machine: str = "a100-80"
     """a100-40, a100-80, h100, h100-pcie, h200, gh200, v5e, v5p or v6e."""
+    assumed: Assumed = Assumed()
+    """What of the machine's peaks is reached, and what nothing hides."""
     storage: Literal["separate", "tied"] = "separate"
     """Expert storage of a model by name: as the paper exports it, or ours."""
     fraction: float = 0.5
@@ -90,7 +93,7 @@ class SimulateConfig:
 def main(argv: list[str] | None = None) -> None:
     """Simulate once: print the table, write figures and pictures where asked to."""
     config: SimulateConfig = cli.parse(SimulateConfig, argv, __doc__ or "", prog="readme-jax simulate")
-    machine = machines.find(config.machine)
+    machine = machines.find(config.machine, config.assumed)
     cases = {memory: case_of(config, memory) for memory in config.expert_memory}
     first = cases[config.expert_memory[0]]
     requests = read_requests(config, first)
@@ -130,7 +133,7 @@ def case_of(config: SimulateConfig, memory: str | int, storage: study.Storage | 
         config.model, experts=config.routing.experts, fraction=config.fraction, storage=storage or config.storage,
         overlap=config.overlap, page=config.page or None,
     )  # fmt: skip
-    machine = machines.find(config.machine)
+    machine = machines.find(config.machine, config.assumed)
     return study.make_case(shape, machine, memory, kv_memory=config.kv_memory or None, read=config.read)
 
 
@@ -169,16 +172,16 @@ def chosen(config: SimulateConfig, case: Case) -> dict[str, tuple[Case, Serving]
 
 def heading(machine: machines.Machine, case: Case, requests: list[RoutedRequest]) -> str:
     """What is simulated, with the assumptions that the figures rest on."""
-    bank, cfg, device = case.bank, case.costs.cfg, machine.device
+    bank, cfg, assumed = case.bank, case.costs.cfg, machine.assumed
     span = requests[-1].arrival - requests[0].arrival
     prompt = sum(len(job.prompt_experts) for job in requests) / len(requests)
     output = sum(len(job.output_experts) for job in requests) / len(requests)
     return (
         f"{cfg.layer} layers of {cfg.embed}, {bank.experts} {bank.storage} experts of {bank.channels} channels, "
         f"{bank.pages} pages a layer of {bank.page_bytes / 1e6:.2f} MB\n"
-        f"{machine.name}: {device.flops * machine.flops_share / 1e12:.0f} TFLOP/s, "
-        f"{device.bandwidth * machine.memory_share / 1e9:.0f} GB/s, link {machine.link_rate / 1e9:.1f} GB/s "
-        f"(assumed {machine.flops_share:.0%}, {machine.memory_share:.0%} and {machine.link_share:.0%} of the peaks)\n"
+        f"{machine.name}: {machine.flops / 1e12:.0f} TFLOP/s, "
+        f"{machine.bandwidth / 1e9:.0f} GB/s, link {machine.link_rate / 1e9:.1f} GB/s "
+        f"(assumed {assumed.flops_share:.0%}, {assumed.memory_share:.0%} and {assumed.link_share:.0%} of the peaks)\n"
         f"{len(requests)} requests, {len(requests) / span:.3g} a second, {prompt:.0f} + {output:.0f} tokens on "
         f"average; room for {case.kv_pages * Simulation.PAGE_TOKENS} tokens of keys and values"
     )

@@ -38,6 +38,7 @@ def test_latencies_of_requests():
     assert figures["mean_e2el_ms"] == pytest.approx(1e3 * (3 + 0.25 + 1.5) / 3)
     assert figures["p95_e2el_ms"] == pytest.approx(np.percentile([3000, 250, 1500], 95))
     assert figures["request_goodput"] == 0.25  # only the second keeps both limits
+    assert figures["mean_reorder_ms"] == pytest.approx(250 / 3) and figures["mean_reorder"] == pytest.approx(1 / 3)
     assert figures["max_passed_over"] == 2 and figures["preemptions"] == 1
 
 
@@ -49,12 +50,13 @@ def test_names_of_vllm():
 
 
 def test_overtakings():
-    assert report.overtakings(REQUESTS[:3]).tolist() == [1, 0, 0]
+    counts, delays = report.overtakings(REQUESTS[:3])
+    assert counts.tolist() == [1, 0, 0] and delays.tolist() == [0.25, 0.0, 0.0]
     rng = np.random.default_rng(0)
     many = [Served(arrival=float(i), tokens=(float(t),), prompt=1) for i, t in enumerate(rng.permutation(60))]
     first = [r.tokens[0] for r in many]
-    assert report.overtakings(many).tolist() == [sum(b < first[i] for b in first[i + 1 :]) for i in range(60)]
-    assert report.overtakings([]).tolist() == []
+    assert report.overtakings(many)[0].tolist() == [sum(b < first[i] for b in first[i + 1 :]) for i in range(60)]
+    assert [values.tolist() for values in report.overtakings([])] == [[], []]
 
 
 def test_figures_of_steps():

@@ -1,7 +1,7 @@
 """Machines that exist only as numbers, and what a step of a Read-ME model costs on one: the simulator's compute model.
 
 A piece of work takes the longer of its arithmetic and its memory traffic (roofline), and a fixed overhead. Shares of
-the peaks that are reached are assumptions, stated in `Machine` and printed with every result.
+the peaks that are reached are assumptions, `Assumed`, and printed with every result.
 """
 
 import dataclasses
@@ -17,28 +17,23 @@ Read = Literal["touched", "all"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Machine:
-    """One accelerator with its host link. Rates are peaks per second, of one direction for the link."""
+class Assumed:
+    """What datasheets do not say: the shares of peaks that are reached, and what nothing hides."""
 
-    name: str
-    device: Accelerator
-    link: float
-    """Host to device, bytes/s."""
+    flops_share: float = 0.5
+    """Share of peak arithmetic."""
+    memory_share: float = 0.8
+    """Share of peak memory bandwidth."""
     link_share: float = 0.8
-    """Share of the link's peak that large copies from pinned memory reach: 24 to 26 of 31.5 GB/s is usual on PCIe 4."""
+    """Share of the link's peak, of large copies from pinned memory: 24 to 26 of 31.5 GB/s is usual on PCIe 4."""
     latency: float = 5e-6
     """Seconds that the link rests before a transfer, also one that stands in a queue."""
-    flops_share: float = 0.5
-    """Share of peak arithmetic that prefill reaches."""
-    memory_share: float = 0.8
-    """Share of peak memory bandwidth that decoding reaches."""
     layer_overhead: float = 10e-6
     """Seconds a layer takes beside its work."""
     step_overhead: float = 300e-6
     """Seconds a step takes beside its layers and the head: what of scheduling and launching nothing hides."""
 
     def __post_init__(self):
-        require(self.link > 0, f"link={self.link} must be positive")
         for name in ("link_share", "flops_share", "memory_share"):
             value = getattr(self, name)
             require(0 < value <= 1, f"{name}={value} must be above 0 and at most 1")
@@ -46,14 +41,34 @@ class Machine:
             value = getattr(self, name)
             require(value >= 0, f"{name}={value} must not be negative")
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Machine:
+    """One accelerator with its host link, in bytes/s from host to device."""
+
+    name: str
+    device: Accelerator
+    link: float
+    assumed: Assumed = Assumed()
+
+    @property
+    def flops(self) -> float:
+        """FLOP/s reached."""
+        return self.device.flops * self.assumed.flops_share
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of device memory reached."""
+        return self.device.bandwidth * self.assumed.memory_share
+
     @property
     def link_rate(self) -> float:
-        """Bytes/s that transfers reach."""
-        return self.link * self.link_share
+        """Bytes/s over the link reached."""
+        return self.link * self.assumed.link_share
 
     def seconds(self, work: float, traffic: float) -> float:
         """Time of `work` FLOPs that read `traffic` bytes of device memory."""
-        return max(work / (self.device.flops * self.flops_share), traffic / (self.device.bandwidth * self.memory_share))
+        return max(work / self.flops, traffic / self.bandwidth)
 
 
 # Host links, bytes/s in one direction.
@@ -70,11 +85,11 @@ LINKS = {
 MACHINES = {name: Machine(name=name, device=accelerators.find(name), link=link) for name, link in LINKS.items()}
 
 
-def find(name: str) -> Machine:
+def find(name: str, assumed: Assumed | None = None) -> Machine:
     """The machine of a name; ConfigError with the known ones."""
     if name not in MACHINES:
         raise ConfigError(f"machine={name!r} is not known (known: {', '.join(MACHINES)})")
-    return MACHINES[name]
+    return dataclasses.replace(MACHINES[name], assumed=assumed or Assumed())
 
 
 # ---- models by name -------------------------------------------------------------------------------
@@ -177,13 +192,11 @@ class Costs:
 
         Decoded tokens run masked, over every page read; prefilled ones grouped, each over its expert's channels.
         """
-        machine, device = self.machine, self.machine.device
+        machine = self.machine
         read_L = (np.full(len(pages_L), all_pages) if self.read == "all" else pages_L) * float(self.page)
         work_L = 6.0 * self.cfg.embed * (rows.decode * read_L + rows.prefill * self.channels)
         traffic_L = read_L * self.row_bytes
-        return np.maximum(
-            work_L / (device.flops * machine.flops_share), traffic_L / (device.bandwidth * machine.memory_share)
-        )
+        return np.maximum(work_L / machine.flops, traffic_L / machine.bandwidth)
 
     def head(self, rows: Rows) -> float:
         """Logits of the sampled rows, and what a step costs beside its work."""
@@ -191,7 +204,7 @@ class Costs:
         seconds = self.machine.seconds(
             rows.sampled * flops.head_flops(cfg), cfg.embed * cfg.vocab * self.itemsize if rows.sampled else 0.0
         )
-        return seconds + self.machine.step_overhead
+        return seconds + self.machine.assumed.step_overhead
 
     def route(self, tokens: int, context: int) -> float:
         """The router over `tokens` tokens that see `context` tokens each, with a launch."""
@@ -199,4 +212,4 @@ class Costs:
             return 0.0
         work = tokens * flops.router_flops(self.router, self.experts, context)
         traffic = self._router_bytes + tokens * context * self.router_kv_bytes
-        return self.machine.seconds(work, traffic) + self.machine.layer_overhead
+        return self.machine.seconds(work, traffic) + self.machine.assumed.layer_overhead

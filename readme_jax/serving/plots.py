@@ -1,6 +1,6 @@
 """Pictures of served traces: latency, memory, and what moves while what computes. Needs the extra `plot`."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +24,7 @@ def _figure(width: float = 7.0, height: float = 4.2):
     return figure, figure.subplots()
 
 
-def latency_cdf(path: Path, seconds: dict[str, Sequence[float] | np.ndarray], title: str) -> None:
+def latency_cdf(path: Path, seconds: Mapping[str, Sequence[float] | np.ndarray], title: str) -> None:
     """Share of requests answered within a time, one curve a way of serving. seconds: end-to-end latencies."""
     figure, axes = _figure()
     for i, (name, values) in enumerate(seconds.items()):
@@ -37,7 +37,7 @@ def latency_cdf(path: Path, seconds: dict[str, Sequence[float] | np.ndarray], ti
 
 
 def against_memory(
-    path: Path, shares: Sequence[float], values: dict[str, Sequence[float]], label: str, title: str
+    path: Path, shares: Sequence[float], values: Mapping[str, Sequence[float]], label: str, title: str
 ) -> None:
     """One curve a way of serving over expert memory, as a share of all expert pages."""
     figure, axes = _figure()

@@ -107,7 +107,8 @@ def request_figures(requests: Sequence[Served], duration: float, goal: dict[str,
         figures["request_goodput"] = sum(_keeps(r, goal) for r in done) / duration
     for name, values in latencies(requests).items():
         figures |= summary(values, name)
-    overtaken = overtakings(done)
+    overtaken, delays = overtakings(done)
+    figures |= summary(1e3 * delays, "reorder")
     figures |= {
         "mean_reorder": float(overtaken.mean()) if len(done) else 0.0,
         "max_reorder": int(overtaken.max()) if len(done) else 0,
@@ -128,14 +129,16 @@ def _keeps(r: Served, goal: dict[str, float]) -> bool:
     return all(1e3 * got[name] <= limit for name, limit in goal.items())
 
 
-def overtakings(requests: Sequence[Served]) -> np.ndarray:
-    """int64 [N]: for each request, in order of arrival, how many that arrived later had their first token earlier."""
-    first = [r.tokens[0] for r in sorted(requests, key=lambda r: r.arrival)]
+def overtakings(requests: Sequence[Served]) -> tuple[np.ndarray, np.ndarray]:
+    """For each request, in order of arrival: int64 [N], how many that arrived later had their first token earlier, and
+    float64 [N], the seconds from the earliest of those tokens to its own (0 if there was none)."""
+    first = np.array([r.tokens[0] for r in sorted(requests, key=lambda r: r.arrival)])
     seen, counts = [], np.zeros(len(first), np.int64)
     for i in range(len(first) - 1, -1, -1):
         counts[i] = bisect.bisect_left(seen, first[i])
         bisect.insort(seen, first[i])
-    return counts
+    earliest = np.minimum.accumulate(first[::-1])[::-1]
+    return counts, first - earliest
 
 
 def step_figures(steps: Sequence[Step]) -> dict:

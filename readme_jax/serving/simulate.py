@@ -100,17 +100,16 @@ class Simulation:
     ):
         machine = costs.machine
         self.costs, self.bank, self.serving = costs, bank, serving
-        self.link = VirtualLink(machine.link_rate, machine.latency, part=serving.part, keep=keep)
+        self.link = VirtualLink(machine.link_rate, machine.assumed.latency, part=serving.part, keep=keep)
         self.residency = Residency(
             bank, expert_memory, policy=serving.residency, mode=serving.residency_mode, seed=seed, record=record
         )
         self.pool = PagePool(kv_pages, self.PAGE_TOKENS, reuse=False)
-        rate = machine.device.bandwidth * machine.memory_share
-        fixed = costs.cfg.layer * machine.layer_overhead + machine.step_overhead
+        fixed = costs.cfg.layer * machine.assumed.layer_overhead + machine.assumed.step_overhead
         cost = Cost(
             read_bytes=lambda experts: bank.need_count(experts) * float(bank.page_bytes),
-            fixed_bytes=costs.fixed_bytes + fixed * rate,
-            load=rate / machine.link_rate,
+            fixed_bytes=costs.fixed_bytes + fixed * machine.bandwidth,
+            load=machine.bandwidth / machine.link_rate,
         )
         self.scheduler = Scheduler(serving.schedule, serving.limits, self.pool, cost)
         self.optimum = Optimum()
@@ -282,7 +281,7 @@ class Simulation:
     def _seconds(self, rows: Rows, plan: StepPlan) -> list[float]:
         """Compute of each pass; the attention of a layer belongs to its first pass."""
         costs = self.costs
-        seconds_P = costs.ffn(rows, np.diff(plan.read), self.bank.pages) + costs.machine.layer_overhead
+        seconds_P = costs.ffn(rows, np.diff(plan.read), self.bank.pages) + costs.machine.assumed.layer_overhead
         attention = costs.attention(rows)
         if plan.passes == self.bank.layers:
             return (seconds_P + attention).tolist()
