@@ -1,5 +1,7 @@
 """The engine's loop over a runner that checks every page: admission, preemption, sharing, cancels, waves, no leaks."""
 
+import gc
+
 import numpy as np
 import pytest
 import served
@@ -251,6 +253,15 @@ def test_closing_with_work_on_the_device(model):
     engine.close()
     engine.close()
     assert engine.unfinished == 0 and not engine.parts.transfers._thread.is_alive()
+
+
+def test_an_engine_that_nobody_closes_leaves_no_thread(model):
+    engine = Engine(model, **SMALL)
+    thread = engine.parts.transfers._thread
+    del engine
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive()
 
 
 def test_an_error_of_the_transfers_comes_out_of_step(model):

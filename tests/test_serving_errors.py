@@ -76,7 +76,7 @@ def test_no_model():
         (dict(max_live=True), "max_live=True must be a whole number"),
         (dict(batch_requests=32, batch_tokens=16, chunk=8), "batch_tokens=16 must hold one token of each of batch_req"),
         (dict(chunk=1000), "chunk=1000 must not exceed batch_tokens=256"),
-        (dict(max_wait=0.5), "max_wait=0.5 must be at least 1"),
+        (dict(max_wait=0.5), "max_wait=0.5 must be at least 1, or none"),
         (dict(lookahead=-1), "lookahead=-1 must be a whole number, at least 0"),
         (dict(expert_memroy="1x"), "expert_memroy: no such option of Engine; known: ahead, batch_requests, "),
     ],

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import time
+import weakref
 from typing import Any
 
 import jax.numpy as jnp
@@ -76,6 +77,7 @@ class Parts:
         self.transfers = Transfers(
             rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
         )
+        weakref.finalize(self, self.transfers.close)  # of an engine that nobody closed
         self._expert_of = np.zeros((router_pages, options.kv_page), np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
