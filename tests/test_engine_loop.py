@@ -253,6 +253,8 @@ def test_closing_with_work_on_the_device(model):
     engine.close()
     engine.close()
     assert engine.unfinished == 0 and not engine.parts.transfers._thread.is_alive()
+    with pytest.raises(ConfigError, match="the engine is closed"):
+        engine.generate([[3]])
 
 
 def test_an_engine_that_nobody_closes_leaves_no_thread(model):

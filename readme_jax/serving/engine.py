@@ -91,7 +91,7 @@ class Engine:
         self._flying: collections.deque[tuple[Batch, Any, dict]] = collections.deque()
         self._news: list[Update] = []
         self._followed: set[int] = set()  # whose news are for a stream
-        self._closed = False
+        self._closed, self._stuck = False, 0
 
     # ---- what a user calls ------------------------------------------------------------------------
 
@@ -156,9 +156,7 @@ class Engine:
     def step(self) -> list[Update]:
         """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for.
 
-        Call it while `unfinished`.
-
-        Raises what went wrong in the thread of the transfers; the engine is of no use then.
+        Call it while `unfinished`. Raises what went wrong in the thread of the transfers; the engine is of no use then.
         """
         self._advance()
         news = [update for update in self._news if update.id not in self._followed]
@@ -218,6 +216,7 @@ class Engine:
 
     def _check(self, prompt: Prompt, sampling: SamplingParams, chat: bool) -> list[int]:
         """Token ids of a prompt that can be served."""
+        require(not self._closed, "the engine is closed")
         require(isinstance(sampling, SamplingParams), f"sampling must be SamplingParams, got {type(sampling).__name__}")
         if isinstance(prompt, str):
             ids = self.model.encode(prompt, chat)
@@ -270,6 +269,10 @@ class Engine:
             launched = self._launch()
         if self._flying and (not launched or len(self._flying) == DEPTH or not parts.full()):
             self._land()
+        stuck = self._of and not launched and not self._flying and not parts.waiting and not self._news
+        self._stuck = self._stuck + 1 if stuck else 0
+        if self._stuck > 2:  # must not be: rather an error than a loop that never ends
+            raise RuntimeError(f"{len(self._asked)} requests wait and none can run")
         parts.counters.step_s += self.clock() - start
 
     def _launch(self) -> bool:

@@ -81,6 +81,7 @@ class Parts:
         self._expert_of = np.zeros((router_pages, options.kv_page), np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
+        self._route_told = 0.0  # seconds of routing that steps before have been given
         self._busy_since: float | None = None  # when the first of the batches on the device was sent there
         self._cached: dict[Request, int | None] = {}  # of requests that have arrived: prompt tokens found in pages
 
@@ -103,12 +104,11 @@ class Parts:
 
     def arrive(self, request: Request) -> None:
         """A request is here: it is routed with the next step."""
-        self._cached[request] = None
         if self.router_pool is None:
             request.experts = [0] * len(request.tokens)
-            self.scheduler.add(request)
-        else:
-            self.scheduler.add(request)
+        self.scheduler.add(request)
+        self._cached[request] = None
+        if self.router_pool is not None:
             self._unrouted.append(request)
 
     def leave(self, request: Request, reason: Reason) -> int:
@@ -170,11 +170,16 @@ class Parts:
                 continue
             request.experts += experts
             assert pool is not None
-            for place, expert in enumerate(experts, first):
-                self._expert_of[request.router_pages[place // page], place % page] = expert
+            place_T = np.arange(first, first + len(experts))
+            self._expert_of[np.array(request.router_pages)[place_T // page], place_T % page] = experts
             pool.seal(request.router_pages, request.digests, first, len(request.tokens))
             self.scheduler.routed(request)
         self._routing.clear()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether prompts are with the router, whose experts the next step will know."""
+        return bool(self._routing)
 
     # ---- a batch ----------------------------------------------------------------------------------
 
@@ -233,6 +238,7 @@ class Parts:
     def _count(self, batch: Batch, experts: collections.Counter[int], plan: StepPlan, before: Any) -> dict[str, Any]:
         after, counters = self.residency.counters, self.counters
         decode = sum(1 for work in batch.works if work.count == 1 and work.samples)
+        route_s, self._route_told = counters.route_s - self._route_told, counters.route_s
         counters.steps += 1
         counters.tokens += batch.tokens
         counters.decode += decode
@@ -249,6 +255,7 @@ class Parts:
             "page_bytes": self.bank.page_bytes,
             "moved": plan.loads * self.bank.page_bytes,
             "waves": max(collections.Counter(plan.layers).values()),
+            "route": route_s,
         }
 
     def complete(self, batch: Batch, results: list[Score | None], now: float) -> list[Request]:
