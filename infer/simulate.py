@@ -162,7 +162,8 @@ def chosen(config: SimulateConfig, case: Case) -> dict[str, tuple[Case, Serving]
     if config.policies == "baseline":
         return {"fcfs + lru + on-demand": (case, study.baseline(serving)), ours: (case, serving)}
     if config.policies == "all":
-        return {name: (case, way) for name, way in study.pairs(serving, list(SCHEDULES), RESIDENCIES).items()}
+        residencies = (*RESIDENCIES[1:], RESIDENCIES[0])  # ours last
+        return {name: (case, way) for name, way in study.pairs(serving, list(SCHEDULES), residencies).items()}
     steps = {name: (case, way) for name, way in study.ablation(serving).items()}
     if config.model in machines.MODELS and config.storage == "separate":
         tied = case_of(config, case.expert_memory, "tied")
