@@ -240,8 +240,8 @@ def iter_layers(reader: Reader, cfg: ModelConfig) -> Iterator[tuple[int, dict[st
 def load_params(folder: str | Path, *, dtype: Any = None) -> tuple[Params, np.ndarray | None, Params | None]:
     """(params, experts_LEC int32 or None, router params or None) of a folder, layers stacked, as NumPy arrays.
 
-    `dtype` casts every float of the backbone, the router then is float32; None keeps the file's own. Checks the whole folder first (CheckpointError, ConfigError).
-    Peak memory: the result, and one tensor.
+    `dtype` casts every float of the backbone, the router then is float32; None keeps the file's own. Checks the whole
+    folder first (CheckpointError, ConfigError). Peak memory: the result, and one tensor.
     """
     cfg, experts, router = read_config(folder)
     reader = Reader(folder)

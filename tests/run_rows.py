@@ -1,4 +1,4 @@
-"""A runner without an engine: small routed folders of every family, and a loop that feeds the runner any mix of work."""
+"""A runner without an engine: small routed folders of every family, and a loop that feeds it any mix of work."""
 
 import dataclasses
 import json
@@ -69,7 +69,9 @@ def bank_of(folder, page=CHANNEL_PAGE, itemsize=4):
 class Loop:
     """One runner and what an engine would do around it: pages, residency, loads, in the simplest way."""
 
-    def __init__(self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", page=CHANNEL_PAGE):
+    def __init__(
+        self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", page=CHANNEL_PAGE
+    ):
         kv_pages = 400
         self.bank = bank_of(folder, page, itemsize=4 if dtype == "float32" else 2)
         least = self.bank.least("layer") * self.bank.page_bytes

@@ -1,4 +1,4 @@
-"""The FFN over pages against the masked FFN of part 1: tied, separate and static experts, any slots, parts that add up."""
+"""The FFN over pages against the masked FFN of part 1: tied, separate, static; any slots, parts that add up."""
 
 import functools
 import types
@@ -67,7 +67,13 @@ WAYS = {
     "kernel": jax.jit(functools.partial(expert_pages.kernel, interpret=True)),
 }
 run = WAYS["portable"]
-CASES = [("tied", 5, 8, False), ("tied", 3, 3, True), ("tied", 40, 4, False), ("separate", 4, 4, True), ("tied", 1, 16, False)]
+CASES = [
+    ("tied", 5, 8, False),
+    ("tied", 3, 3, True),
+    ("tied", 40, 4, False),
+    ("separate", 4, 4, True),
+    ("tied", 1, 16, False),
+]
 
 
 @pytest.mark.parametrize("storage, count, page, biases", CASES)

@@ -101,7 +101,7 @@ def test_equal_seeds_give_equal_text_whatever_the_batch(loop, folders):
 def test_random_steps_compile_nothing_and_sync_only_in_fetch(loop):
     """Any mix of rows, lengths, sampling and loads after `compile`: no program is made, nothing moves unasked."""
     runner = loop.runner
-    assert runner.programs == len(runner.shapes) * 2 + len(runner.lengths) + 2 <= 24
+    assert runner.programs == len(runner.shapes) * 2 + len(runner._grid.lengths) + 2 <= 24
     before, rng = runner.compiles, np.random.default_rng(4)
     with jax.transfer_guard("disallow"):
         for _ in range(4):

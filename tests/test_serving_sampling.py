@@ -52,7 +52,7 @@ def some_logits(rows, seed=0, ties=False):
 @pytest.mark.parametrize("ties", [False, True])
 @pytest.mark.parametrize("places", [1, 40])
 def test_a_mixed_batch_draws_what_generation_draws(mesh, ties, places):
-    """The same keys through `generation.sample`, one row at a time, give the same tokens: batch and place are nothing."""
+    """The same keys through `generation.sample`, one row at a time, give the same tokens, whatever the place."""
     requests, expected, rng = [], [], np.random.default_rng(places)
     logits_BV = some_logits(places * len(SETTINGS), seed=places, ties=ties)
     for i, row_V in enumerate(logits_BV):
@@ -96,7 +96,9 @@ def test_penalties_change_the_choice_and_not_the_log_probabilities(mesh):
     for row_V in logits_BV:
         best = np.argsort(-row_V)[:6].tolist()
         prompt, output = best[3:6] + [0], best[:1] * int(rng.integers(1, 4)) + best[2:3]
-        how = [dict(repetition=1.7), dict(presence=1.5), dict(frequency=0.6), dict(repetition=0.5), {}][len(requests) % 5]
+        how = [dict(repetition=1.7), dict(presence=1.5), dict(frequency=0.6), dict(repetition=0.5), {}][
+            len(requests) % 5
+        ]
         expected.append(penalised(row_V, prompt, output, **how).argmax())
         requests.append(
             request(prompt, output, logprobs=0, **{f"{name}_penalty": value for name, value in how.items()})
@@ -111,7 +113,9 @@ def test_penalties_change_the_choice_and_not_the_log_probabilities(mesh):
 
 def test_penalties_hold_for_drawn_tokens_too(mesh):
     logits_V = np.zeros(VOCAB, np.float32)
-    requests = [request([3], [5, 6], temperature=1.0, presence_penalty=2, frequency_penalty=2, seed=s) for s in range(900)]
+    requests = [
+        request([3], [5, 6], temperature=1.0, presence_penalty=2, frequency_penalty=2, seed=s) for s in range(900)
+    ]
     got = np.bincount(run(np.repeat(logits_V[None], 900, 0), requests).token_B, minlength=VOCAB)
     want = 900 / (VOCAB - 2 + 2 * np.exp(-4.0))
     assert got[[5, 6]].sum() <= 2 and abs(np.delete(got, [5, 6]).mean() - want) < 0.05

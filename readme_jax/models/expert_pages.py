@@ -1,11 +1,11 @@
 """The FFN over pages of channels: only the pages that the batch's experts touch are read (DESIGN 4).
 
-A page holds R channels of one layer as one block [3R, D]: R rows of gate, R of up, R of down. Pages of all layers lie in
-one pool of S slots, in any order; a list of (slot, item) says which pages a layer reads, and `member` which experts have
-which of a page's channels. One list serves every expert in the batch; lists may be run one after another and summed.
+A page holds R channels of one layer as one block [3R, D]: R rows of gate, R of up, R of down. Pages of all layers lie
+in one pool of S slots, in any order; a list of (slot, item) says which pages a layer reads, and `member` which experts
+have which of a page's channels. One list serves every expert in the batch; lists may be run one after another.
 
-Letters beside those of `layers`: S slots of the pool, I items (layer * pages + page), N entries of a list, R channels of
-a page, Q = 3R rows of a page, M tokens, W words of 32 experts.
+Letters beside those of `layers`: S slots of the pool, I items (layer * pages + page), N entries of a list, R channels
+of a page, Q = 3R rows of a page, M tokens, W words of 32 experts.
 """
 
 import dataclasses
@@ -223,6 +223,4 @@ def ffn(
     int32 expert of each token. Without the bias of down, which is not a page's. A Pallas kernel on TPU, plain JAX
     elsewhere.
     """
-    return jax.lax.platform_dependent(
-        x_MD, pages, slot_N, item_N, count, expert_M, tpu=kernel, default=portable
-    )
+    return jax.lax.platform_dependent(x_MD, pages, slot_N, item_N, count, expert_M, tpu=kernel, default=portable)

@@ -7,7 +7,6 @@ knows a request's past: a step reads what it needs of its requests when it is en
 
 import contextlib
 import dataclasses
-import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,25 +22,14 @@ from readme_jax.config import require
 from readme_jax.models import expert_pages, paged
 from readme_jax.models.expert_pages import Pages
 from readme_jax.models.paged import Cache, Rows
-from readme_jax.serving import sampling
+from readme_jax.serving import sampling, segments
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.policies import Limits
-from readme_jax.serving.request import Batch, Request, Work
+from readme_jax.serving.request import Batch, Request
 from readme_jax.serving.residency import StepPlan
 from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh
 
-LAYER, FRESH, FIRST, COUNT = range(4)  # columns of the table of passes
 COMPILED = "/jax/core/compile/backend_compile_duration"
-
-
-def ladder(most: int, rungs: int = 5) -> tuple[int, ...]:
-    """1 and `most` halved again and again: the batch sizes that are compiled."""
-    return tuple(sorted({1} | {-(-most // 2**i) for i in range(rungs - 1)}))
-
-
-def chunks(most: int) -> tuple[int, ...]:
-    """Lengths of the pieces of prompts that are compiled."""
-    return tuple(sorted({-(-most // 4**i) for i in range(3)} - {1})) or (2,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +37,7 @@ class Segment:
     """Rows of a step that run together; arrays are on the device.
 
     works: their places in the batch. last: place of a prompt piece's last token. flat_2Z: items and slots of all passes
-    one after another; tables: for each L passes, int32 [L, 4] by the columns above. live: whether a pass has anything
+    one after another; tables: for each L passes, int32 [L, 4], see `segments.passes`. live: whether a pass has anything
     to do here. draw: what sampling takes, None where nobody samples.
     """
 
@@ -111,13 +99,11 @@ class Runner:
         assert table_LEC is not None
         self.bank, self.kv_page, self.context, self.dtype = bank, kv_page, context, jnp.dtype(dtype)
         self.load_sizes, self.slots = tuple(sorted(load_sizes)), slots
-        self.rungs, self.lengths = ladder(limits.batch_requests), chunks(limits.chunk)
-        self.width = -(-context // kv_page)
+        self._grid = segments.grid(limits, context, kv_page)
         self.kv_slots, self.router_slots = kv_pages * kv_page, router_pages * kv_page
         self.bytes_read = self.compiles = 0
         self.device_s = 0.0
         self._programs: dict[Any, Any] = {}
-        self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
         self._mesh = make_mesh(MeshConfig(data=1))
         self._place = jax.NamedSharding(self._mesh, REPLICATED)
         self.device = self._mesh.devices.item()
@@ -159,7 +145,7 @@ class Runner:
     @property
     def shapes(self) -> list[tuple[int, int]]:
         """(rows, tokens) of the segments that are compiled."""
-        return [(b, 1) for b in self.rungs] + [(1, t) for t in self.lengths]
+        return self._grid.shapes
 
     @property
     def programs(self) -> int:
@@ -170,9 +156,9 @@ class Runner:
 
     def _layer_program(self, weights, embedding, cache, stream, rows, pages, which: _Pass, windows):
         entry_4 = which.table_L4[which.at]
-        first, count = entry_4[FIRST], entry_4[COUNT]
+        first, count = entry_4[segments.FIRST], entry_4[segments.COUNT]
         item_N, slot_N = jax.lax.dynamic_slice(which.flat_2Z, (0, first), (2, self.bank.pages))
-        fresh = entry_4[FRESH] > 0
+        fresh = entry_4[segments.FRESH] > 0
         return paged.layer(
             self.cfg,
             weights,
@@ -182,8 +168,8 @@ class Runner:
             rows,
             pages,
             (slot_N, item_N, count),
-            None if windows is None else windows[entry_4[LAYER]],
-            start=fresh & (entry_4[LAYER] == 0),
+            None if windows is None else windows[entry_4[segments.LAYER]],
+            start=fresh & (entry_4[segments.LAYER] == 0),
             fresh=fresh,
             page=self.kv_page,
         )
@@ -207,19 +193,13 @@ class Runner:
     def _insert_program(self, pool_SQD, new_MQD, slot_M):
         return pool_SQD.at[slot_M].set(new_MQD, mode="drop")
 
-    def _host_rows(self, b: int, t: int, scrap: int) -> Rows:
-        """Rows of padding, as NumPy arrays: written to slot `scrap`."""
-        zeros_BT = np.zeros((b, t), np.int32)
-        table_BW = np.zeros((b, self.width), np.int32)
-        return Rows(zeros_BT, zeros_BT.copy(), zeros_BT.copy(), np.full((b, t), scrap, np.int32), table_BW)  # pyright: ignore
-
     def _jobs(self) -> list[tuple[Any, Callable, tuple, tuple[int, ...]]]:
         """(key, function, arguments, donated) of every program."""
         flat_2Z = np.zeros((2, self.bank.items + self.bank.pages), np.int32)
         which = self._put(_Pass(flat_2Z, np.zeros((self.cfg.layer, 4), np.int32), np.int32(0)))  # pyright: ignore
         jobs: list[tuple[Any, Callable, tuple, tuple[int, ...]]] = []
         for b, t in self.shapes:
-            rows, stream = self._put(self._host_rows(b, t, self.kv_slots)), self._start[b, t]
+            rows, stream = self._put(segments.empty(self._grid, b, t, self.kv_slots)), self._start[b, t]
             layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
             jobs.append((("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
             if t > 1:
@@ -227,7 +207,7 @@ class Runner:
                 if self._router is not None:
                     jobs.append((("route", t), self._route, (self._router, self._router_cache, rows), (1,)))
                 continue
-            draw, new = self._put((sampling.host_rows([None] * b), self._host_rows(b, 1, self.router_slots)))
+            draw, new = self._put((sampling.host_rows([None] * b), segments.empty(self._grid, b, 1, self.router_slots)))
             finish = (self._top, self._router, self._router_cache, stream[0], draw, self._silent[b], new)
             jobs.append((("finish", b), self._finish_program, finish, (2,)))
         for size in self.load_sizes:
@@ -243,7 +223,9 @@ class Runner:
         """
         jobs = self._jobs()
         with jax.set_mesh(self._mesh):
-            for key, function, arguments, donated in tqdm(jobs, "compile", unit="program", disable=not progress or None):
+            for key, function, arguments, donated in tqdm(
+                jobs, "compile", unit="program", disable=not progress or None
+            ):
                 if key not in self._programs:
                     lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
                     self._programs[key] = lowered.compile()
@@ -264,7 +246,7 @@ class Runner:
             return 0.0
         with jax.set_mesh(self._mesh):
             program = jax.jit(self._route, donate_argnums=1)
-            new, taken = self._put(self._host_rows(rows, 1, self.router_slots)), []
+            new, taken = self._put(segments.empty(self._grid, rows, 1, self.router_slots)), []
             for _ in range(times):
                 began = time.perf_counter()
                 expert_BT, self._router_cache = program(self._router, self._router_cache, new)
@@ -283,37 +265,16 @@ class Runner:
 
     # ---- experts on arrival -----------------------------------------------------------------------
 
-    def _table(self, pages: Sequence[int]) -> np.ndarray:
-        table_W = np.zeros(self.width, np.int32)
-        table_W[: len(pages)] = pages[: self.width]
-        return table_W
-
-    def _slots_of(self, table_W: np.ndarray, start: int, count: int) -> np.ndarray:
-        position_T = np.arange(start, start + count)
-        return table_W[position_T // self.kv_page] * self.kv_page + position_T % self.kv_page
-
-    def _fit(self, count: int) -> int:
-        """The shortest compiled length for a piece of a prompt."""
-        return next((t for t in self.lengths if t >= count), self.lengths[-1])
-
-    def _fill(self, rows: Rows, row: int, ids: Sequence[int], start: int, table_W: np.ndarray) -> None:
-        """A row of `count` new tokens; what is left of it repeats the last position and is written nowhere."""
-        count = len(ids)
-        rows.ids_BT[row, :count] = ids
-        rows.position_BT[row] = np.minimum(np.arange(start, start + rows.ids_BT.shape[1]), start + count - 1)
-        rows.write_BT[row, :count] = self._slots_of(table_W, start, count)
-        rows.table_BW[row] = table_W
-
     def route(self, tokens: Sequence[int], first: int, router_pages: Sequence[int]) -> Any:
         """Enqueue the router on known tokens, the first of them at position `first`; see `fetch_experts`."""
         if self._router is None:
             return len(tokens)
-        out, table_W = [], self._table(router_pages)
-        for start in range(0, len(tokens), self.lengths[-1]):
-            ids = tokens[start : start + self.lengths[-1]]
-            t = self._fit(len(ids))
-            rows = self._host_rows(1, t, self.router_slots)
-            self._fill(rows, 0, ids, first + start, table_W)
+        out, longest = [], self._grid.lengths[-1]
+        for start in range(0, len(tokens), longest):
+            ids = tokens[start : start + longest]
+            t = self._grid.fit(len(ids))
+            rows = segments.empty(self._grid, 1, t, self.router_slots)
+            segments.fill(self._grid, rows, 0, ids, first + start, router_pages)
             program = self._programs["route", t]
             expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(rows))
             out.append((len(ids), expert_BT))
@@ -338,50 +299,23 @@ class Runner:
         pool_SQD = self._programs["insert", size](self._pages.pool_SQD, pages_MQD, self._put(slot_M))
         self._pages = dataclasses.replace(self._pages, pool_SQD=pool_SQD)
 
-    def _segments(self, batch: Batch) -> list[tuple[tuple[int, int], list[int]]]:
-        """(shape, places in the batch) of the segments of a batch: single tokens together, pieces of prompts apart."""
-        single = [i for i, work in enumerate(batch.works) if work.count == 1]
-        out = []
-        for start in range(0, len(single), self.rungs[-1]):
-            part = single[start : start + self.rungs[-1]]
-            out.append(((next(b for b in self.rungs if b >= len(part)), 1), part))
-        for i, work in enumerate(batch.works):
-            if work.count > 1:
-                require(work.count <= self.lengths[-1], f"{work.count} tokens exceed the longest chunk {self.lengths}")
-                out.append(((1, self._fit(work.count)), [i]))
-        return out
-
-    def _passes(self, works: Sequence[Work], plan: StepPlan) -> tuple[np.ndarray, list[np.ndarray], list[bool]]:
-        """Of a plan's passes, the pages that the experts of these works touch: what a segment uploads."""
-        experts = sorted(frozenset().union(*(work.experts for work in works)))
-        mine = np.flatnonzero(self._touch_IE[plan.items][:, experts].any(1))
-        flat_2Z = np.zeros((2, self.bank.items + self.bank.pages), np.int32)
-        flat_2Z[:, : len(mine)] = plan.items[mine], plan.slots[mine]
-        bounds = np.searchsorted(mine, np.asarray(plan.read))
-        layers, depth = np.asarray(plan.layers, np.int32), self.cfg.layer
-        table = np.zeros((-(-len(layers) // depth) * depth, 4), np.int32)
-        rows = table[: len(layers)]
-        rows[:, LAYER], rows[:, FIRST], rows[:, COUNT] = layers, bounds[:-1], np.diff(bounds)
-        rows[:, FRESH] = np.diff(layers, prepend=-1) != 0
-        live = ((rows[:, FRESH] > 0) | (rows[:, COUNT] > 0)).tolist()
-        self.bytes_read += int(rows[:, COUNT].sum()) * self.bank.page_bytes + depth * self._layer_bytes
-        return flat_2Z, list(table.reshape(-1, depth, 4)), live
-
     def _segment(self, batch: Batch, plan: StepPlan, shape: tuple[int, int], places: list[int]) -> Segment:
         b, t = shape
         works = [batch.works[i] for i in places]
-        rows = self._host_rows(b, t, self.kv_slots)
-        new = self._host_rows(b, 1, self.router_slots)
+        rows = segments.empty(self._grid, b, t, self.kv_slots)
+        new = segments.empty(self._grid, b, 1, self.router_slots)
         asked: list[Request | None] = [None] * b
         for row, work in enumerate(works):
             request, end = work.request, work.start + work.count
-            self._fill(rows, row, request.tokens[work.start : end], work.start, self._table(request.pages))
+            segments.fill(self._grid, rows, row, request.tokens[work.start : end], work.start, request.pages)
             rows.expert_BT[row, : work.count] = request.experts[work.start : end]
             if work.samples:
                 asked[row] = request
                 if self._router is not None:
-                    self._fill(new, row, [0], end, self._table(request.router_pages))
-        flat_2Z, tables, live = self._passes(works, plan)
+                    segments.fill(self._grid, new, row, [0], end, request.router_pages)
+        flat_2Z, tables, live = segments.passes(self.bank, works, plan)
+        pages = int(tables[..., segments.COUNT].sum())
+        self.bytes_read += pages * self.bank.page_bytes + self.cfg.layer * self._layer_bytes
         kv = 2 * self.cfg.layer * self.cfg.kv_head * self.cfg.head_dim * self.dtype.itemsize
         self.bytes_read += kv * sum(work.start + work.count for work in works)
         last = np.int32(works[0].count - 1)
@@ -392,20 +326,20 @@ class Runner:
             history = sampling.host_history(asked, self.context, self.cfg.vocab)
             draw = self._put((sampling.host_rows(asked), new))
             draw = (draw[0], self._silent[b] if history is None else self._put(history), draw[1])
-        return Segment(tuple(places), shape, rows, last, flat_2Z, tables, live, draw)
+        return Segment(tuple(places), shape, rows, last, flat_2Z, tables, live.tolist(), draw)
 
     def step(self, batch: Batch, plan: StepPlan, before_pass: Callable[[int], None] | None = None) -> Flight:
         """Enqueue a step: every pass of the plan for every segment of the batch, then sampling and the router.
 
         before_pass(n) is called just before pass n is enqueued, to put its pages into the pool.
         """
-        segments = [self._segment(batch, plan, *part) for part in self._segments(batch)]
-        streams = [self._start[segment.shape] for segment in segments]
+        parts = [self._segment(batch, plan, *part) for part in segments.cut(self._grid, batch)]
+        streams = [self._start[segment.shape] for segment in parts]
         depth, embedding = self.cfg.layer, self._top["embedding"]
         for n, layer in enumerate(plan.layers):
             if before_pass is not None:
                 before_pass(n)
-            for s, segment in enumerate(segments):
+            for s, segment in enumerate(parts):
                 if not segment.live[n]:
                     continue
                 which = _Pass(segment.flat_2Z, segment.tables[n // depth], self._index[n % depth])
@@ -420,7 +354,7 @@ class Runner:
                     self._windows,
                 )
         drawn = []
-        for segment, stream in zip(segments, streams):
+        for segment, stream in zip(parts, streams):
             if segment.draw is not None:
                 (b, t), x_BTD = segment.shape, stream[0]
                 x_B1D = x_BTD if t == 1 else self._programs["last", t](x_BTD, segment.last)
@@ -436,7 +370,9 @@ class Runner:
         """What each work of a step drew, None where it did not sample: the one place that waits for the device."""
         began = time.perf_counter()
         wanted = [any(flight.best[i] >= 0 for i in works) for works, _, _ in flight.drawn]
-        fetched = jax.device_get([(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)])
+        fetched = jax.device_get(
+            [(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)]
+        )
         self.device_s += time.perf_counter() - began
         out: list[sampling.Score | None] = [None] * flight.size
         for (works, _, _), (pair_2B, rest) in zip(flight.drawn, fetched):

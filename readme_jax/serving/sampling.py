@@ -68,9 +68,7 @@ def host_rows(requests: Sequence[Request | None]) -> Rows:
 
 def penalised(sampling: SamplingParams) -> bool:
     """Whether the row's history matters."""
-    return bool(
-        sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-    )
+    return bool(sampling.repetition_penalty != 1 or sampling.presence_penalty != 0 or sampling.frequency_penalty != 0)
 
 
 def host_history(requests: Sequence[Request | None], width: int, vocab: int) -> History | None:
@@ -90,7 +88,7 @@ def host_history(requests: Sequence[Request | None], width: int, vocab: int) -> 
 
 
 def _lanes(x_BV: jax.Array, fill: float | int) -> jax.Array:
-    """[B, V / LANES, LANES]: a reduction over the middle axis is vectorised on every backend, over V it is not on CPU."""
+    """[B, V / LANES, LANES]: a reduction over the middle axis is vectorised everywhere, over V it is not on CPU."""
     return jnp.pad(x_BV, ((0, 0), (0, -x_BV.shape[1] % LANES)), constant_values=fill).reshape(len(x_BV), -1, LANES)
 
 
