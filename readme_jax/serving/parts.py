@@ -77,7 +77,7 @@ class Parts:
         self.transfers = Transfers(
             rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
         )
-        weakref.finalize(self, self.transfers.close)  # of an engine that nobody closed
+        self.stop = weakref.finalize(self, self.transfers.close)  # called for an engine that nobody closes, too
         self._expert_of = np.zeros((router_pages, options.kv_page), np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
