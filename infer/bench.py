@@ -156,7 +156,8 @@ def write(config: BenchConfig, results, latencies, curves, outputs: int, last: t
         plots.against_memory(out / f"bytes_{schedule}.png", shares, moved, "MB loaded / generated token", title)
     middle = recorder.steps[len(recorder.steps) // 2].start
     passes = [(step.start, step.end) for step in recorder.steps]
-    plots.timeline(out / "timeline.png", passes, recorder.sent, (middle, middle + SHOWN_S), name)
+    sent: Any = recorder.sent  # as the simulator's transfers, they begin and end
+    plots.timeline(out / "timeline.png", passes, sent, (middle, middle + SHOWN_S), name)
 
 
 if __name__ == "__main__":
