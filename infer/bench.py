@@ -27,6 +27,7 @@ from readme_jax.serving.trace_files import read_trace
 from readme_jax.serving.traces import ArrivalsConfig, TraceRequest, arriving, at_rate, clip, generate, with_prompts
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of all expert pages, in the plots against memory
+DRAWN = ArrivalsConfig(requests=64, rate=2.0, prompt_mean=128, output_mean=48)
 SHOWN_S = 0.5  # seconds of the timeline
 
 
@@ -44,7 +45,7 @@ class BenchConfig(EngineOptions):
     """First requests of the trace file to replay; 0: all."""
     rate: float = 0.0
     """Requests per second that the trace file is brought to; 0: its own times."""
-    arrivals: ArrivalsConfig = ArrivalsConfig(requests=64, rate=2.0, prompt_mean=128, output_mean=48)
+    arrivals: ArrivalsConfig = DRAWN
     """The generated trace, where there is no file."""
     data: Path | None = None
     """Folder of `readme-jax data` whose held-out text gives the prompts; none: the one the model was tuned on."""
@@ -64,6 +65,15 @@ class BenchConfig(EngineOptions):
         known = [f"{schedule}+{residency}" for schedule in SCHEDULES for residency in RESIDENCIES]
         for name in self.policies:
             require(name in ("all", *known), f"policies: {name!r} is not `all` or one of {', '.join(known)}")
+        one = (self.schedule, self.residency) == (EngineOptions.schedule, EngineOptions.residency)
+        require(
+            one or not self.policies, "policies names the pairs; schedule and residency are for one pair without it"
+        )
+        drawn = self.requests == 64 and self.rate == 0
+        require(
+            self.trace is not None or drawn, "requests and rate are of a trace file; see arrivals for drawn requests"
+        )
+        require(self.trace is None or self.arrivals == DRAWN, "arrivals draws requests; the trace file has its own")
         require(self.requests >= 0, f"requests={self.requests} must be 0 (all) or more")
         require(self.rate >= 0, f"rate={self.rate} must be 0 (as in the trace) or more")
         for name in ("goal_ttft", "goal_tpot", "goal_e2el"):
@@ -90,6 +100,7 @@ def read_requests(config: BenchConfig, model: api.Model) -> list[TraceRequest]:
             trace = arriving(trace, config.rate) if together else at_rate(trace, config.rate)
     trace = clip(trace, config.context or model.config.max_position)
     if all(one.prompt is not None for one in trace):
+        require(config.data is None, f"data={config.data}: the trace has prompts of its own")
         return trace
     folder = config.data or replay.data_folder(model.folder)
     rule = f"the trace has no prompts and {model.folder} does not say what it was tuned on; --data names held-out text"
@@ -120,6 +131,7 @@ def main(argv: list[str] | None = None) -> None:
     latencies, curves, last = {}, {}, None
     options: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
     with Engine(model, progress=True, **options) as engine:
+        replay.check(engine, trace)
         bank = engine.parts.bank
         for pair in config.pairs():
             results[pair], recorder = run_pair(config, engine, trace, pair)
