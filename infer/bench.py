@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from readme_jax import api, cli
 from readme_jax.config import DataError, require, to_dict
 from readme_jax.data import open_records
@@ -35,8 +33,8 @@ SHOWN_S = 0.5  # seconds of the timeline
 class BenchConfig(EngineOptions):
     """One benchmark: a model, a trace, policies, and every option of the engine."""
 
-    model: tyro.conf.Positional[str]
-    """Tuned model: folder or hub name."""
+    model: str
+    """Tuned model: folder or hub name. As the first argument it needs no `--model`."""
     policies: tuple[str, ...] = ()
     """Pairs such as expert-aware+lookahead, or `all`; none: the pair of `schedule` and `residency`."""
     trace: Path | None = None
@@ -123,6 +121,9 @@ def run_pair(
 
 def main(argv: list[str] | None = None) -> None:
     """Replay under every pair that is asked for, print the table, write the results."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
     config: BenchConfig = cli.parse(BenchConfig, argv, __doc__ or "", prog="readme-jax bench")
     model = api.load(config.model, weights=False)
     trace = read_requests(config, model)
