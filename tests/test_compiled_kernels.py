@@ -1,7 +1,7 @@
 """What the compilers for TPU and GPU make of the kernels over pages, where they are installed: no device needed.
 
-`pytest -m "slow or not slow" tests/test_compiled_kernels.py`, after `pip install libtpu` for the one, and for the other
-`pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` of JAX's version.
+`pytest -m "slow or not slow" tests/test_compiled_kernels.py`, after `pip install libtpu`, of JAX's age (0.0.42 for
+0.10.2), for the one, and for the other `pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt` of JAX's version.
 """
 
 import importlib.util
