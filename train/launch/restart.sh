@@ -7,6 +7,7 @@
 #
 # Checkpoints are looked for below the folder it is started in: every new one is a folder with a number of its own.
 tries=${TRIES:-5} wait=${WAIT:-15} failed=0
+if [ $# = 0 ]; then sed -n '2,8p' "$0"; exit 2; fi
 checkpoints() { find . -path '*/checkpoints/*/whole.json' 2> /dev/null | sort; }
 
 while true; do
