@@ -96,8 +96,8 @@ def seconds_of_a_step(tree: Path, config: dict, room: Path) -> dict[str, np.ndar
 
 
 def compare(room: Path, commit: str, turns: int, **options) -> dict[str, np.ndarray]:
-    """Tokens a second [turns, 2, 2] by phase: of this tree and of the commit, by the clock and by CPU time. The two take
-    turns in going first. options: of `write_inputs`."""
+    """Tokens a second [turns, 2, 2] by phase: of this tree and of the commit, by the clock and by CPU time. The two
+    take turns in going first. options: of `write_inputs`."""
     trees, config = {"ours": ROOT, "theirs": tree_of(commit, room)}, write_inputs(room, **options)
     tokens = options["batch"] * options["seq"]
     found: dict[str, list] = {"router": [], "experts": []}

@@ -168,7 +168,7 @@ def peak(found: dict[str, Memory]) -> tuple[str, Memory]:
 
 
 def work(run: Run, records: int = 0) -> Work:
-    """Tokens and FLOPs of the run (`flops`: what the mathematics needs, recomputation left out).
+    """Tokens and FLOPs of the run (`flops`: what runs, recomputation left out).
 
     records: train records there are, which bounds what is labelled before the loop; 0: unknown.
     """

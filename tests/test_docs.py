@@ -17,8 +17,8 @@ TEXTS += sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def commands():
-    """(file, words) of every `readme-jax STAGE ...` that is written to be typed, at the start of a line or a phrase, and
-    of every stage that tpu_vm.sh is told to start."""
+    """(file, words) of every `readme-jax STAGE ...` that is written to be typed, at the start of a line or a phrase,
+    and of every stage that tpu_vm.sh is told to start."""
     for path in TEXTS:
         text = path.read_text().replace("\\\n", " ")
         stages = "|".join(cli.STAGES)

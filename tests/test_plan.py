@@ -294,7 +294,7 @@ def test_separate_experts_are_planned_from_a_bare_config(llama2, tmp_path, capsy
 def test_every_config_of_the_paper_is_of_one_chain():
     """What a stage reads is what an earlier one writes; the schedule is Table 2's."""
     configs = PAPER.parent
-    made = {p.stem: yaml.safe_load(p.read_text()) for p in configs.glob("*.yaml")}
+    made = {p.stem: yaml.safe_load(p.read_text()) for p in configs.glob("*.yaml") if p.stem != "simulate"}
     assert set(made) == {"import", "data", "calibrate", "carve", "alternate", "evaluate"}
     written = {each["out"] for each in made.values()}
     for each in made.values():
