@@ -22,8 +22,8 @@ ratio to `plain` of the CPU time of all threads: on a CPU device what other prog
 
 `--against COMMIT` runs train/alternate.py itself, of this tree and of COMMIT, in processes of their own in turns over
 the same folders (train_against.py): `router_step_ratio` and `expert_step_ratio` are medians over turns of tokens/s of
-this tree over COMMIT's, `..._cpu_ratio` the same of CPU time. a619836 is the last commit before meshes: the
-single-device path that must not have become slower.
+this tree over COMMIT's, `..._cpu_ratio` the same of CPU time; take several turns, one on a busy CPU has been 40 % off.
+a619836 is the last commit before meshes: the single-device path that must not have become slower.
 
 Tokens and router labels are drawn: no step's time depends on them, but for `--way grouped`, whose groups do. On an
 accelerator MFU is useful FLOPs over the bf16 peak, and memory the peak that the device reports; on a CPU, which reports
