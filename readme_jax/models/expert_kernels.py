@@ -8,16 +8,22 @@ takes at a time, P parts of a list.
 import dataclasses
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.layout import Format, Layout
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas import triton
 
 from readme_jax.sharding import REPLICATED
 
+try:
+    from jax.experimental.pallas import triton as _triton
+except ImportError:  # jax 0.12 announces its end: GPUs then run the portable way
+    _triton = None
+
+triton: Any = _triton
 WORD = 32
 TILE = 256  # most tokens that the TPU kernel keeps beside a page
 VMEM = 15 << 20  # bytes of on-chip memory that it fills: a kernel on TPU v5e may have 16 MiB

@@ -110,5 +110,7 @@ def ffn(
     int32 expert of each token. Without the bias of down, which is not a page's. Pallas kernels on TPU and on NVIDIA
     GPUs, plain JAX elsewhere.
     """
-    ways = {"tpu": expert_kernels.tpu, "cuda": expert_kernels.gpu, "default": portable}
+    ways = {"tpu": expert_kernels.tpu, "default": portable}
+    if expert_kernels.triton is not None:
+        ways["cuda"] = expert_kernels.gpu
     return jax.lax.platform_dependent(x_MD, pages, slot_N, item_N, count, expert_M, **ways)
