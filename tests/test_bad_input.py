@@ -361,7 +361,8 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate(["experts.optim", "b2=1.0 must be at least 0 and below 1"], experts__optim__b2=1)
     alternate(["experts.optim", "weight_decay=-3.0 must not be negative"], experts__optim__weight_decay=-3)
     alternate(["experts.batch=1000000000, experts.accum=1: the phase has only"], experts__batch=10**9)
-    alternate(["router.batch=2, router.accum=1: the phase has only 1 records"], router__records=1)
+    rule = ["router.batch=4, router.accum=1: the phase has only 3 records"]
+    alternate(rule, router__records=1, router__batch=4)
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     alternate(["kd_weight needs the dense teacher"], model=separate, router__steps=0)
