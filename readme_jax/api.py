@@ -28,12 +28,17 @@ class Model:
     was carved, None when dense or without a router. tokenizer: the folder's, loaded when first used.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, weights: bool = True):
         self.folder = folder
         self.config: ModelConfig
         self.expert_config: ExpertConfig | None
         self.router_config: RouterConfig | None
         self.config, self.expert_config, self.router_config = hf.read_config(folder)
+        if not weights:
+            reader = hf.Reader(folder)
+            hf.check(reader, self.config, self.expert_config, self.router_config)
+            self.experts = None if self.expert_config is None else np.array(reader.get("readme.experts"))
+            return
         self._mesh = make_mesh(MeshConfig(data=1))
         params, self.experts, router_params = hf.load_params(folder, dtype=np.float32)
         with jax.set_mesh(self._mesh):
@@ -123,10 +128,10 @@ class Model:
         items = [prompts] if single else list(prompts)
         text = bool(items) and all(isinstance(p, str) for p in items)
         require(text or not chat, "chat=True needs text prompts", DataError)
-        ids = [self.encode(str(p), chat) if text else _whole_numbers(p, rule) for p in items]
+        ids = [self.encode(str(p), chat) if text else whole_numbers(p, rule) for p in items]
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
         rule = f"stop_tokens={stop_tokens!r} must be a list of token ids"
-        stop = frozenset(_whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
+        stop = frozenset(whole_numbers(stop_tokens, rule)) if stop_tokens is not None else self.stop_tokens
         decoder = Decoder(self.config, self.router_config, sampling)
         with jax.set_mesh(self._mesh):
             out = generation.generate(decoder, self._weights, ids, stop, on_token)
@@ -163,7 +168,7 @@ def _check_unicode(text: str, what: str) -> None:
         raise DataError(f"{what} holds half of a surrogate pair at character {error.start}") from None
 
 
-def _whole_numbers(values: Any, rule: str) -> list[int]:
+def whole_numbers(values: Any, rule: str) -> list[int]:
     """A list of ints; DataError with `rule` for anything else."""
     array = np.asarray(values) if isinstance(values, list | tuple | np.ndarray) else None
     good = array is not None and array.ndim == 1 and (not array.size or np.issubdtype(array.dtype, np.integer))
@@ -185,12 +190,16 @@ def _logits(cfg, router_cfg, weights, ids_BT, segments_BT):
     return backbone.unembed(weights["params"], x_BTD)
 
 
-def load(path_or_name: str | Path) -> Model:
-    """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package."""
+def load(path_or_name: str | Path, *, weights: bool = True) -> Model:
+    """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package.
+
+    weights False: only what there is to know of it (configs, expert table, tokenizer), checked, for an engine, which
+    places the weights its own way; nothing can be computed with it.
+    """
     folder = sources.resolve_model(str(path_or_name))
     model_config, experts, router_config = hf.read_config(folder)
     if experts is not None and experts.experts > 1 and router_config is None:
         raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
     if (folder / artifacts.MANIFEST).is_file():
         artifacts.verify(folder, hashes="changed")
-    return Model(folder)
+    return Model(folder, weights)

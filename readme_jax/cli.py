@@ -26,10 +26,8 @@ STAGES = {
     "alternate": ("readme_jax.train.alternate", "train router and experts in turns"),
     "evaluate": ("readme_jax.train.evaluate", "perplexity by domain and routing statistics on held-out text"),
     "generate": ("readme_jax.infer.generate", "text from a dense or carved model"),
-    "simulate": (
-        "readme_jax.infer.simulate",
-        "serving on machines that are not at hand, by policy",
-    ),
+    "bench": ("readme_jax.infer.bench", "a trace of requests through the engine, for any pair of policies"),
+    "simulate": ("readme_jax.infer.simulate", "serving on machines that are not at hand, by policy"),
     "export": ("readme_jax.infer.export", "a folder that transformers loads in PyTorch"),
 }
 

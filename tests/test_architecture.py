@@ -19,12 +19,12 @@ ORDER = """
     models.expert_pages models.paged
     statistics calibrate carve labels losses optim steps evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
-    generation serving serving.request serving.bank serving.eviction serving.residency serving.optimum
-    serving.pages serving.policies serving.scheduler serving.traces serving.trace_files
+    generation api serving serving.request serving.pages serving.policies serving.scheduler
+    serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
+    serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
     serving.sampling serving.segments serving.runner
-    serving.link serving.machines serving.report serving.options
-    serving.simulate serving.study serving.paper serving.plots
-    export report_parts report_page report quickstart api cli
+    serving.text serving.outputs serving.transfers serving.recorder serving.parts serving.engine serving.replay
+    export report_parts report_page report quickstart cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")

@@ -151,6 +151,7 @@ def test_stages(monkeypatch, capsys):
         "alternate",
         "evaluate",
         "generate",
+        "bench",
         "simulate",
         "export",
     ]

@@ -37,10 +37,11 @@ class EngineOptions:
     """Tokens in a batch at most."""
     chunk: int = 128
     """Tokens of one prompt in a batch at most."""
-    max_live: int = 256
-    """Requests that are admitted at a time; others wait without memory."""
-    max_wait: float = 4.0
-    """Batches that a request waits at most, as a multiple of live requests / batch_requests (expert-aware)."""
+    max_live: int = 64
+    """Requests between which a batch is chosen; those beyond wait in order of arrival."""
+    max_wait: float | None = 8.0
+    """Batches that longest-queue and expert-aware may pass over a request that could run, as a multiple of live
+    requests / batch_requests, which is what strict turns cost; none: no bound, as in the paper."""
     context: int = 0
     """Longest prompt with its output, in tokens; 0: the model's own limit."""
     kv_page: int = 16
@@ -68,8 +69,9 @@ class EngineOptions:
                 value, low = getattr(self, field.name), least.get(field.name, 1)
                 good = type(value) is int and value >= low
                 require(good, f"{field.name}={value!r} must be a whole number, at least {low}")
-        good = isinstance(self.max_wait, int | float) and math.isfinite(self.max_wait) and self.max_wait >= 1
-        require(good, f"max_wait={self.max_wait!r} must be at least 1")
+        wait = self.max_wait
+        good = wait is None or isinstance(wait, int | float) and math.isfinite(wait) and wait >= 1
+        require(good, f"max_wait={wait!r} must be at least 1, or none")
         require(
             self.batch_tokens >= self.batch_requests,
             f"batch_tokens={self.batch_tokens} must hold one token of each of batch_requests={self.batch_requests}",
