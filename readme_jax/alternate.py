@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from readme_jax import artifacts, distributed
 from readme_jax.checkpoint import CheckpointConfig
-from readme_jax.config import ExpertConfig, RouterConfig, free, require
+from readme_jax.config import ExpertConfig, RouterConfig, free, require, to_dict
 from readme_jax.data import Records
 from readme_jax.distributed import HostsConfig
 from readme_jax.labels import LabelConfig
@@ -231,6 +231,16 @@ def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> 
     return experts
 
 
+def records_of(config: AlternateConfig, records: dict[str, Records]) -> dict[str, dict[str, Records]]:
+    """The records of each phase, by its name. ConfigError where a step would take more than there are."""
+    pools = {"router": first_records(records, config.router.records), "experts": records}
+    for name, phase in (("router", config.router), ("experts", config.experts)):
+        there = sum(map(len, pools[name].values()))
+        fits = not phase.steps or phase.batch * phase.accum <= there
+        require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} records")
+    return pools
+
+
 def check_extras(config: AlternateConfig) -> None:
     """ConfigError when a library that is to log is missing on process 0, which logs."""
 
@@ -240,6 +250,20 @@ def check_extras(config: AlternateConfig) -> None:
                 extra(name)
 
     distributed.on_main(installed)
+
+
+def check_processes(config: AlternateConfig) -> None:
+    """ConfigError on every process of a run when one was started with another config or has other versions: each would
+    train on its own terms. How it finds the others is its own affair."""
+    if distributed.count() == 1:
+        return
+    fields = to_dict(config)
+    fields["hosts"] = {key: value for key, value in fields["hosts"].items() if key.endswith("timeout")}
+    told = distributed.everyone({**fields, "versions": artifacts.versions()})
+    for process, other in enumerate(told):
+        name, first, here = artifacts.innermost("", told[0], other)
+        same = "every process needs the same config and versions"
+        require(first == here, f"{name}={here!r} in process {process}, {first!r} in process 0: {same}")
 
 
 @contextlib.contextmanager

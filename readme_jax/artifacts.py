@@ -191,17 +191,17 @@ def _difference(made: dict, mine: dict, parents: dict[str, Path]) -> str:
     old, new, stage = made["config"], mine["config"], mine["stage"]
     for key in sorted(new, key=lambda key: key in parents):  # paths of inputs last: they may differ and not matter
         if made["stage"] == stage and old.get(key) != new[key]:
-            name, there, here = _innermost(key, old.get(key), new[key])
+            name, there, here = innermost(key, old.get(key), new[key])
             return f"stage {stage}, {name}={there!r} there, {here!r} here"
     return f"stage {made['stage']}, other inputs"
 
 
-def _innermost(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
+def innermost(name: str, there: Any, here: Any) -> tuple[str, Any, Any]:
     """Dotted name and values of the first field in which two values differ."""
     if isinstance(there, dict) and isinstance(here, dict):
         for key in [*here, *there]:
             if there.get(key) != here.get(key):
-                return _innermost(f"{name}.{key}", there.get(key), here.get(key))
+                return innermost(f"{name}.{key}".strip("."), there.get(key), here.get(key))
     return name, there, here
 
 

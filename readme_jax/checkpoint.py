@@ -9,6 +9,7 @@ Root must be on a file system that all processes share.
 
 import concurrent.futures
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -17,7 +18,7 @@ import shutil
 import sys
 import threading
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,12 +26,13 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from readme_jax import artifacts, distributed
-from readme_jax.config import CheckpointError, ReadMeError, require
+from readme_jax.config import UNEXPECTED, CheckpointError, ReadMeError, require
 
 MARK = "whole.json"
 RETURNED = "returned.json"  # in the root: the run has gone back to its best checkpoint
 # Orbax's names for what each process writes. Process 0 writes the rest: an index of arrays, and notes of a few bytes.
 OWNED = re.compile(r"(?:^|/)(?:ocdbt\.|array_metadatas/)process_(\d+)(?:/|$)")
+LASTING = (*artifacts.FULL, errno.EACCES, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EFBIG)
 Sums = dict[str, list[int]]  # [bytes, CRC-32] of files, by relative name
 
 # Its threads log a traceback of what is raised to us anyway, and that we say in one line.
@@ -38,7 +40,10 @@ logging.getLogger("absl").addFilter(lambda record: "_SignalingThread" not in rec
 
 
 class SaveError(ReadMeError):
-    """A checkpoint that could not be written (a full disk, say). The ones before it are whole."""
+    """A checkpoint that could not be written. The ones before it are whole. Without room or rights it is bad input
+    (exit code 2); else it may pass, like a file system that does not answer, or a process is lost that writes too."""
+
+    exit_code = UNEXPECTED
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,10 +91,36 @@ class Checkpoints:
         Left-overs of a kill are cleared. With `best`, checkpoints after it are dropped: the run goes back to it, and
         that is noted. From then on `best` is the newest too, until a call with `newest` forgets the note.
         """
+        return self._first(resume, lambda step: damage(self._root / str(step)))
+
+    def resume(self, resume: Literal["newest", "best"], like: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        """Step and content of the checkpoint that `find` takes, or of the next one where that cannot be read; 0 and
+        `like` when there is none. CheckpointError when there are whole ones and none can be read as `like`."""
+        found: list[dict[str, Any]] = []
+        unread: list[str] = []
+
+        def wrong(step: int) -> str:
+            why = damage(self._root / str(step))
+            if not why:
+                try:
+                    found[:] = [self.restore(step, like)]
+                except CheckpointError as error:
+                    why = f"{error}"
+                why = next(filter(None, distributed.everyone(why)), "")
+                unread.extend([why] if why else [])
+            return why
+
+        step = self._first(resume, wrong)
+        if step is not None:
+            return step, found[0]
+        require(not unread, f"{self._root}: no checkpoint can be read: {unread[:1]}", CheckpointError)
+        return 0, like
+
+    def _first(self, resume: str, wrong: Callable[[int], str]) -> int | None:
         self._last = None
         candidates, back = distributed.on_main(lambda: self._candidates(resume))
         for step in candidates:
-            why = damage(self._root / str(step))
+            why = wrong(step)
             if not why:
                 self._last = step
                 break
@@ -229,7 +260,10 @@ def _options() -> ocp.Context:
 
 
 def _unsaved(step: int, error: Exception) -> SaveError:
-    return SaveError(f"checkpoint {step} cannot be written: {_short(error)}")
+    unsaved = SaveError(f"checkpoint {step} cannot be written: {_short(error)}")
+    if any(os.strerror(number) in str(error) for number in LASTING):
+        unsaved.exit_code = ReadMeError.exit_code
+    return unsaved
 
 
 def _short(error: Exception, most: int = 300) -> str:
@@ -291,9 +325,8 @@ def _read_mark(folder: Path) -> dict[str, Any] | None:
     """The mark of a checkpoint; None when it is missing or no mark."""
     try:
         mark = json.loads((folder / MARK).read_text())
-        good = isinstance(mark["score"], float | int | None) and all(
-            len(entry) == 2 for entry in mark["files"].values()
-        )
+        good = isinstance(mark["score"], float | int | None) and bool(mark["files"])
+        good = good and all(len(entry) == 2 for entry in mark["files"].values())
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
     return mark if good else None

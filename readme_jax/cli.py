@@ -9,10 +9,11 @@ import importlib
 import importlib.metadata
 import io
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from readme_jax.config import ConfigError, ReadMeError, Stopped, load_yaml, require
+from readme_jax.config import ConfigError, ReadMeError, Stopped, exit_code, load_yaml, require
 
 STAGES = {
     "quickstart": ("readme_jax.train.quickstart", "every stage below on a small real model, with a report"),
@@ -103,17 +104,21 @@ def _one_line(box: str) -> str:
 def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
     """Run a program's `main`. A ReadMeError becomes one line `error: ...` on stderr and its exit code (2, for a lost
     process of the run 76); so does a file that the system refuses to read or write, and memory that does not suffice.
-    A run that was asked to stop and has saved itself says so and leaves with 75."""
+    What is none of these shows where it came from, and the program leaves with 70. A run that was asked to stop and
+    has saved itself says so and leaves with 75."""
     try:
         main(argv)
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         sys.exit(stopped.exit_code)
     except (ReadMeError, OSError, MemoryError) as error:
-        _fail(_explain(error), getattr(error, "exit_code", 2))
+        _fail(_explain(error), exit_code(error))
     except KeyboardInterrupt:
         print("interrupted; run the same command again to go on", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        traceback.print_exc()
+        _fail(f"{type(error).__name__}: {error}", exit_code(error))
 
 
 def _fail(message: str, code: int) -> None:

@@ -5,12 +5,19 @@ config beside its result, and that file can be fed back with `--config`.
 """
 
 import dataclasses
+import errno
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
+
+UNEXPECTED = 70  # exit code of what may pass, or is a bug: EX_SOFTWARE of sysexits.h
+PASSING = (  # of a file system or a network
+    errno.EIO, errno.ESTALE, errno.EAGAIN, errno.ETIMEDOUT, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED,
+    errno.EHOSTUNREACH, errno.ENETUNREACH,
+)  # fmt: skip
 
 
 class ReadMeError(Exception):
@@ -50,6 +57,18 @@ class Stopped(ReadMeError):
     """No error: asked to stop (SIGTERM, SIGINT), the run has saved itself; the same command goes on from there."""
 
     exit_code = 75
+
+
+def exit_code(error: BaseException) -> int:
+    """Exit code of a program that `error` ends: 2 for what somebody must mend first, UNEXPECTED for all that may pass
+    (a device, a file system that fails, a bug), 130 after Ctrl-C."""
+    if isinstance(error, ReadMeError):
+        return error.exit_code
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, MemoryError | OSError):
+        return UNEXPECTED if getattr(error, "errno", None) in PASSING else ReadMeError.exit_code
+    return UNEXPECTED
 
 
 def require(ok: bool, message: str, error: type[ReadMeError] = ConfigError) -> None:

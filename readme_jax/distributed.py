@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from readme_jax import peers
-from readme_jax.config import PeerError, ReadMeError, Stopped, require
+from readme_jax.config import UNEXPECTED, PeerError, ReadMeError, Stopped, exit_code, require
 from readme_jax.peers import Peers, check_address
 from readme_jax.sharding import AXES, P, from_callback
 
@@ -106,7 +106,7 @@ def joined(config: HostsConfig) -> Iterator[None]:
     """Be one of the run's processes for the block; must come before anything that touches a device.
 
     Every process gets through the block, or none: what one raises ends the others too. With several processes an
-    exception is shown here and ends the process (exit code of its kind), since an orderly exit would wait for peers
+    exception is shown here and ends the process (`config.exit_code`), since an orderly exit would wait for peers
     that never come; `Stopped`, which all raise together, passes.
     """
     told = arguments(config, os.environ)
@@ -123,12 +123,15 @@ def joined(config: HostsConfig) -> Iterator[None]:
         _leave()
         raise
     except BaseException as error:
-        if not isinstance(error, ReadMeError | OSError | MemoryError | KeyboardInterrupt):
-            _line.wait_for_end(5.0)  # a collective that failed because its peer died: the line says which one
-            traceback.print_exc()
+        code = exit_code(error)
+        if code == UNEXPECTED:
+            # Perhaps a collective failed since a peer is lost: by then the line has found out and said which one.
+            _line.wait_for_end(config.timeout + 5.0)
+            if not isinstance(error, ReadMeError | OSError):
+                traceback.print_exc()
         text = " ".join(f"{error}".split()) or type(error).__name__
         print(f"error: {text}" if _line.process == 0 else f"error: process {_line.process}: {text}", file=sys.stderr)
-        _line.fail(text[:500], getattr(error, "exit_code", 130 if isinstance(error, KeyboardInterrupt) else 2))
+        _line.fail(text[:500], code)
     _leave()
 
 

@@ -73,7 +73,10 @@ class Metrics:
         for name, value in values.items():
             if not math.isfinite(value):
                 place = f" ({where()})" if where else ""
-                raise NonFiniteError(f"step {step}{place}: {name} is {value}; the run stops before this is saved")
+                advice = "the same config comes to it again: try a lower lr or clip, with another out"
+                raise NonFiniteError(
+                    f"step {step}{place}: {name} is {value}; the run stops before this is saved; {advice}"
+                )
         for file, entry in zip(self._files, (values, timing)):
             if entry:
                 file.write(json.dumps({"step": step, **entry}) + "\n")

@@ -1,6 +1,7 @@
 """AdamW with the paper's schedule (METHOD section 4): cosine within a round, lower from round to round."""
 
 import dataclasses
+import math
 import zlib
 from typing import Literal
 
@@ -41,9 +42,13 @@ class OptimConfig:
     """Dtype of Adam's first moment at rest: 4 or 2 bytes a tuned parameter. The second moment is float32, 4 bytes."""
 
     def __post_init__(self):
-        require(self.lr > 0, f"lr={self.lr} must be positive")
+        require(0 < self.lr < math.inf, f"lr={self.lr} must be positive and finite")
         require(0 < self.round_decay <= 1, f"round_decay={self.round_decay} must be in (0, 1]")
         require(self.clip > 0, f"clip={self.clip} must be positive")
+        for name in ("b1", "b2"):
+            require(0 <= getattr(self, name) < 1, f"{name}={getattr(self, name)} must be at least 0 and below 1")
+        finite = 0 <= self.weight_decay < math.inf
+        require(finite, f"weight_decay={self.weight_decay} must not be negative, and finite")
         require(self.warmup >= 0, f"warmup={self.warmup} must not be negative")
         rounded = self.rounding == "stochastic" or self.params == "bfloat16"
         require(rounded, "rounding=nearest has no meaning with params=float32: it is not rounded")

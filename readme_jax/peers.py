@@ -18,7 +18,7 @@ import threading
 import time
 from typing import Any, BinaryIO, NoReturn
 
-from readme_jax.config import PeerError, ReadMeError, require
+from readme_jax.config import UNEXPECTED, PeerError, ReadMeError, require
 
 GRACE = 5.0  # seconds that a process has to report an error of its own when another one has reported one
 HELLO = 5.0  # seconds that a connection has to say who it is
@@ -232,8 +232,9 @@ class Peers:
         # An error that every process runs into, as most are, is reported by each in its own way.
         if not self._failing.wait(GRACE):
             _, process, text, code = message
-            # Bad input is what it is for all: a script that starts the command again after 76 must not do so.
-            left = code if code == ReadMeError.exit_code else PeerError.exit_code
+            # Bad input is what it is for all, and so is what nobody foresaw: scripts that start the command again do so
+            # never after the one, and a few times after the other.
+            left = code if code in (ReadMeError.exit_code, UNEXPECTED) else PeerError.exit_code
             self._end(source, f"process {process} failed ({text})", code=left)
 
 

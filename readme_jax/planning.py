@@ -21,6 +21,7 @@ from readme_jax.models import backbone, router
 from readme_jax.sharding import AXES, MeshConfig
 
 GB = 1e9
+MOST = 1 << 20  # devices; JAX gives up on meshes of a thousand times as many
 TOP_K = 64  # of the teacher's tokens, where a lever keeps some
 
 
@@ -68,6 +69,7 @@ def abstract_mesh(config: MeshConfig, devices: int = 0) -> AbstractMesh:
     need = max(data, 1) * fixed
     said = f"mesh data={data} expert={config.expert} model={config.model} needs {need} devices"
     require(not devices or need == devices, f"{said}, devices={devices}")
+    require(need <= MOST, f"{said}: more than {MOST} cannot be planned for")
     return AbstractMesh((data, config.expert, config.model), AXES, axis_types=(AxisType.Explicit,) * 3)
 
 

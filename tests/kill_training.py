@@ -151,6 +151,7 @@ def main() -> None:
         f"{skipped} damaged checkpoints skipped, survivors ended within {longest:.1f} s; "
         f"{len(a)} tensors, {len(differ)} differ; metrics {'equal' if same else 'differ'}"
     )
+    check(done == args.kills, f"the run was over after {done} of {args.kills} kills: give it more rounds, or kill less")
     check(not differ and same and a.keys() == b.keys(), f"not bit-equal: {differ}")
 
 

@@ -356,6 +356,13 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate(["experts.way=grouped runs on one device"], mesh__data=2, experts__way="grouped")
     alternate(["router width=10 must be a multiple of 2 * heads=4"], router__shape__width=10)
     alternate(["experts.optim", "lr=-1.0 must be positive"], experts__optim__lr=-1)
+    alternate(["experts.optim", "lr=inf must be positive and finite"], experts__optim__lr=float("inf"))
+    alternate(["experts.optim", "b1=2.0 must be at least 0 and below 1"], experts__optim__b1=2)
+    alternate(["experts.optim", "b2=1.0 must be at least 0 and below 1"], experts__optim__b2=1)
+    alternate(["experts.optim", "weight_decay=-3.0 must not be negative"], experts__optim__weight_decay=-3)
+    alternate(["experts.batch=1000000000, experts.accum=1: the phase has only"], experts__batch=10**9)
+    rule = ["router.batch=4, router.accum=1: the phase has only 3 records"]
+    alternate(rule, router__records=1, router__batch=4)
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     alternate(["kd_weight needs the dense teacher"], model=separate, router__steps=0)

@@ -1,5 +1,6 @@
 """Checkpoints: what goes in comes out, bit for bit and in place; written while training goes on; damage is skipped."""
 
+import gc
 import json
 import os
 import resource
@@ -220,7 +221,16 @@ def no_mark(folder):
     return "whole.json is missing"
 
 
-@pytest.mark.parametrize("harm", [truncate, flip, unmark, lose, lose_tree, empty, half_a_mark, another_mark, no_mark])
+def empty_mark(folder):
+    empty(folder)
+    (folder / "whole.json").write_text('{"score": null, "files": {}}')
+    return "whole.json is missing"
+
+
+HARMS = [truncate, flip, unmark, lose, lose_tree, empty, half_a_mark, another_mark, no_mark, empty_mark]
+
+
+@pytest.mark.parametrize("harm", HARMS)
 def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, mesh, capsys, harm):
     root = tmp_path / "c"
     saved(root, 3, 4, 6, keep=3)
@@ -238,6 +248,35 @@ def test_a_damaged_checkpoint_is_skipped_by_name(tmp_path, mesh, capsys, harm):
     checkpoints.close()
     assert on_disk(root) == [3, 6] and checkpoints.find() == 6 and not capsys.readouterr().err
     assert equal(checkpoints.restore(6, phases()), phases(60))
+
+
+def test_what_is_whole_and_cannot_be_read_is_skipped_too(tmp_path, mesh, capsys):
+    """By its mark all is there, but Orbax makes nothing of it: the one before is used. Nothing begins anew."""
+    root = tmp_path / "c"
+    saved(root, 3, 4, 6, keep=3)
+
+    def spoil(folder):
+        shutil.rmtree(folder / "experts")
+        names = [p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != "whole.json"]
+        checkpoint.seal(folder, [checkpoint.checksums(folder, names)])
+        assert not damage(folder)
+
+    spoil(root / "6")
+    checkpoints = Checkpoints(root, keep=2)
+    step, trees = checkpoints.resume("newest", phases())
+    assert step == 4 and equal(trees, phases(4))
+    warned = capsys.readouterr().err
+    assert warned.startswith("warning: checkpoint 6 is skipped: ") and warned.count("\n") == 1
+    checkpoints.save(6, phases(60))
+    checkpoints.close()
+    step, trees = Checkpoints(root).resume("newest", phases())
+    assert step == 6 and equal(trees, phases(60)) and on_disk(root) == [4, 6]
+    for step in (4, 6):
+        spoil(root / str(step))
+    with pytest.raises(CheckpointError, match="no checkpoint can be read: .*checkpoint 6"):
+        Checkpoints(root).resume("newest", phases())
+    step, trees = Checkpoints(tmp_path / "none").resume("newest", like := phases())
+    assert step == 0 and trees is like
 
 
 def test_left_overs_of_a_kill_are_cleared(tmp_path, mesh, capsys):
@@ -284,19 +323,29 @@ def test_what_cannot_be_written_is_said_at_the_next_save(tmp_path, mesh, monkeyp
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.artifacts, "write_text", full)
         checkpoints.save(4, phases(4))
-        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*No space left"):
+        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*No space left") as caught:
             checkpoints.save(5, phases(5))
+    assert caught.value.exit_code == 2
     assert Checkpoints(root).find() == 3
     before = threading.current_thread()
+    gc.collect()  # asyncio tells of what nobody asked for, of a test before, when it is collected
     capfd.readouterr()
+    caplog.clear()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))  # what the library itself fails at
         checkpoints.save(4, phases(4))
-        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*File too large"):
+        with pytest.raises(SaveError, match="checkpoint 4 cannot be written: .*File too large") as caught:
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.exit_code == 2, "of Orbax's error too"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "seal", lambda *_: (_ for _ in ()).throw(OSError(5, "Input/output error")))
+        checkpoints.save(4, phases(4))
+        with pytest.raises(SaveError, match="Input/output error") as caught:
+            checkpoints.wait()
+    assert caught.value.exit_code == 70, "may pass"
     assert "Traceback" not in capfd.readouterr().err + caplog.text
     assert Checkpoints(root).find() == 3
     (tmp_path / "file").write_text("")

@@ -1,6 +1,7 @@
 """The command line: YAML below options, one line and exit code 2 on any user error, help for every option."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,27 @@ def test_ends_with_a_code_of_their_own(kind, code, head, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(main, [])
     assert stop.value.code == code and capsys.readouterr().err == f"{head}words\n"
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (KeyError("w_up"), 70, "KeyError: 'w_up'"),
+        (OSError(errno.EIO, "Input/output error", "records.bin"), 70, "records.bin: Input/output error"),
+        (OSError(errno.ENOSPC, "No space left on device", "out"), 2, "out: No space left on device"),
+        (OSError("no tokenizer"), 2, "no tokenizer"),
+        (MemoryError("800 GB"), 2, "out of memory: 800 GB"),
+    ],
+)
+def test_what_may_pass_is_told_from_bad_input(error, code, line, capsys):
+    def main(argv):
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        cli.run(main, [])
+    *before, last = capsys.readouterr().err.splitlines()
+    assert stop.value.code == code and last == f"error: {line}"
+    assert bool(before) == isinstance(error, KeyError), "only of what nobody foresaw it is shown where it came from"
 
 
 def test_stages(monkeypatch, capsys):

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from processes import ended, start, weights
+from processes import ended, free_port, start, weights
 
 from readme_jax import carve as carving
 from readme_jax.checkpoint import checksums
@@ -198,6 +198,21 @@ def test_bad_input_is_one_line_of_each(stages, tmp_path):
     assert errors(tmp_path / "log", 0) == [f"error: {rule}"]
     assert errors(tmp_path / "log", 1) == [f"error: process 1: {rule}"]
     assert not list(tmp_path.glob(".out*")), "nothing is left of it"
+
+
+def test_processes_with_other_configs_do_not_begin(stages, tmp_path):
+    """Each says which field differs, and where."""
+    config = stages.yaml("alternate", tmp_path / "out", **RUN)
+    env = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": "2"}
+    running = []
+    for process, lr in enumerate(("0.002", "0.5")):
+        words = ("alternate", "--config", config, "--experts.optim.lr", lr)
+        running += start(*words, devices=4, logs=tmp_path / f"log{process}", JAX_PROCESS_ID=str(process), **env)
+    assert ended(running) == [2, 2]
+    rule = "experts.optim.lr=0.5 in process 1, 0.002 in process 0: every process needs the same config and versions"
+    assert errors(tmp_path / "log0", 0) == [f"error: {rule}"]
+    assert errors(tmp_path / "log1", 0) == [f"error: process 1: {rule}"]
+    assert not list(tmp_path.glob(".out*")), "no work was begun"
 
 
 def test_a_process_that_never_comes(stages, tmp_path):

@@ -1,5 +1,6 @@
 """The line between processes, its ends in threads; how processes find each other; what a signal does."""
 
+import errno
 import json
 import os
 import queue
@@ -104,7 +105,7 @@ def test_beats_keep_a_silent_process(monkeypatch):
         line.close()
 
 
-@pytest.mark.parametrize("code, left", [(2, 2), (130, 76), (76, 76)])
+@pytest.mark.parametrize("code, left", [(2, 2), (70, 70), (130, 76), (76, 76)])
 def test_a_failure_is_reported_with_its_words_and_code(three, monkeypatch, code, left):
     """Bad input in one process alone is bad input for the run; all else is worth another start."""
     monkeypatch.setattr(peers, "GRACE", 0.1)
@@ -118,6 +119,40 @@ def test_a_failure_is_reported_with_its_words_and_code(three, monkeypatch, code,
     ]
     assert [PeerError.advice in text for text in lines] == [left == 76] * 2
     assert [number for number in said if not isinstance(number, str)] == [left] * 2
+
+
+@pytest.mark.parametrize(
+    "error, code, waits",
+    [
+        (DataError("text: empty"), 2, []),
+        (OSError(errno.EIO, "Input/output error"), 70, [12.0]),
+        (RuntimeError("INTERNAL: connection reset by peer"), 70, [12.0]),
+    ],
+)
+def test_what_may_come_of_a_lost_process_waits_for_its_name(error, code, waits, monkeypatch, capsys):
+    """Longer than the line needs to find out, and only then it is the error of this process."""
+
+    class Line:
+        process = 1
+
+        def __init__(self):
+            self.waited, self.failed = [], []
+
+        def wait_for_end(self, seconds):
+            self.waited.append(seconds)
+
+        def fail(self, text, code):
+            self.failed.append((text, code))
+            raise SystemExit(code)
+
+    line = Line()
+    monkeypatch.setattr(distributed, "arguments", lambda *_: {})
+    monkeypatch.setattr(distributed, "_start", lambda *_: monkeypatch.setattr(distributed, "_line", line))
+    with pytest.raises(SystemExit), distributed.joined(HostsConfig(timeout=7)):
+        raise error
+    assert line.waited == waits and line.failed == [(str(error), code)]
+    said = capsys.readouterr().err
+    assert said.endswith(f"error: process 1: {error}\n") and ("Traceback" in said) == isinstance(error, RuntimeError)
 
 
 def test_leaving_is_no_failure(three):

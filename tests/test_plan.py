@@ -264,6 +264,7 @@ def nbytes(tree) -> int:
         (["--accelerator", "v5p", "--devices", "8"], r"mesh data=16 expert=1 model=1 needs 16 devices, devices=8"),
         (["--accelerator", "v5p", "--mesh.data", "0"], r"mesh\.data=0 takes all devices: say devices, or mesh\.data"),
         (["--accelerator", "v5p", "--mesh.data", "32"], r"router\.batch=16 must be a multiple of the mesh's 32"),
+        (["--accelerator", "v5p", "--mesh.data", "1000000000"], r"needs 1000000000 devices: more than 1048576 cannot"),
         (["--accelerator", "v5p", "--seq", "8192"], r"seq=8192 exceeds the model's context of 4096"),
         (["--accelerator", "v5p", "--seq", "0"], r"seq: say it, there is no result in data=runs/llama2-7b/data yet"),
         (["--accelerator", "v5p", "--margin", "-0.5"], r"margin=-0\.5 must be at least 0 and below 1, or -1"),

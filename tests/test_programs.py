@@ -341,7 +341,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(stages, tmp_path, monkeypatch, 
     numbers = Batches(records, dict.fromkeys(records, 1.0), batch=2, seed=1).index(1)
     assert config.at(3) == ("experts", 1)
     where = f"step 1 of phase experts, records {', '.join(map(str, sorted(numbers.ravel())))}"
-    assert str(stop.value) == f"step 3 ({where}): experts/loss is nan; the run stops before this is saved"
+    said = f"step 3 ({where}): experts/loss is nan; the run stops before this is saved; the same config comes to it"
+    assert str(stop.value).startswith(said)
     assert max(int(p.name) for p in (tmp_path / ".tuned.partial/checkpoints").iterdir()) == 3
 
 

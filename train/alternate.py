@@ -5,7 +5,8 @@ readme-jax alternate --config configs/quickstart/alternate.yaml --model runs/car
 In: a carved model and packed text. Out: a model folder with tuned weights and router, metrics.jsonl (what was computed)
 and timing.jsonl (what was measured). Interrupted at any moment, the same command goes on from the last checkpoint, bit
 for bit. Asked to stop (SIGTERM, Ctrl-C) it saves itself at the next step and leaves with exit code 75; when a process
-of several is lost, the others leave with 76. Started once a host, the processes find each other (see `hosts`).
+of several is lost, the others leave with 76; what nobody foresaw ends all with 70. Started once a host, the processes
+find each other (see `hosts`).
 """
 
 import contextlib
@@ -19,7 +20,7 @@ import numpy as np
 
 from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
 from readme_jax.accelerators import peak_flops
-from readme_jax.alternate import AlternateConfig, building, check_extras, first_records, student_of
+from readme_jax.alternate import AlternateConfig, building, check_extras, check_processes, records_of, student_of
 from readme_jax.alternate import check as check_config
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import Stopped, require
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     config: AlternateConfig = cli.parse(AlternateConfig, argv, __doc__ or "", prog="readme-jax alternate")
     parents = {"model": config.model, "data": config.data}
     with distributed.joined(config.hosts):
+        check_processes(config)
         if distributed.on_main(lambda: artifacts.finished(config.out, "alternate", config, parents)):
             distributed.show(f"tuned model: {config.out} (already there)")
             return
@@ -68,7 +70,7 @@ def train(
     records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
-    pools = {"router": first_records(records, config.router.records), "experts": records}
+    pools = records_of(config, records)
     batches = {
         name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
@@ -116,9 +118,8 @@ def train(
         made["router"] = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
         route = steps.make_route(router_cfg, cfg.rope_theta)
     # ---- resume
-    tick = checkpoints.find(config.checkpoint.resume) or 0
+    tick, phases = checkpoints.resume(config.checkpoint.resume, phases)
     if tick:
-        phases = checkpoints.restore(tick, phases)
         distributed.show(f"resumed at step {tick} of {config.total}")
     stop.leave()
     with contextlib.ExitStack() as stack:
