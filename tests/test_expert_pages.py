@@ -25,7 +25,8 @@ def bank_and_weights(storage, count, page, biases=False, seed=0):
         table_LEC = np.arange(count * (F // count)).reshape(1, count, -1).repeat(LAYERS, 0)
     else:
         table_LEC = np.asarray(random_table(LAYERS, count, F // 2, F))
-    weights = {name: rng.normal(size=(LAYERS, F, D)).astype(np.float32) for name in ("w_gate", "w_up", "w_down")}
+    names = ("w_gate", "w_up", "w_down")
+    weights = {name: rng.normal(size=(LAYERS, F, D)).astype(np.float32) / 4 for name in names}
     if biases:
         weights |= {name: rng.normal(size=(LAYERS, F)).astype(np.float32) for name in ("b_gate", "b_up")}
     bank = Bank.from_table(table_LEC, F, row_bytes=12 * D, page=page, separate=storage == "separate")
