@@ -16,6 +16,7 @@ from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES
 from readme_jax.serving.policies import Limits
 from readme_jax.serving.request import SamplingParams
+from readme_jax.serving.runner import Runner
 
 COUNT = 200
 OPTIONS = dict(
@@ -192,8 +193,8 @@ def soak(folder, model, count, growth):
     rng, ended, marks = np.random.default_rng(12), set(), []
     stems = [rng.integers(1, served.VOCAB, 40).tolist() for _ in range(6)]
     options = OPTIONS | dict(schedule="expert-aware", residency="lookahead", expert_memory="0.45x", kv_memory="64KiB")
-    with Engine(folder, **options) as engine:
-        added, live = 0, []
+    with Engine(folder, **options) as engine, jax.transfer_guard("disallow"):
+        added, live, compiled = 0, [], engine.stats()["compiles_after_start"]
         while len(ended) < count:
             for _ in range(min(int(rng.integers(0, 6)), count - added, 60 - engine.unfinished)):
                 stem = stems[rng.integers(6)][: rng.integers(0, 40)] if rng.random() < 0.5 else []
@@ -217,6 +218,7 @@ def soak(folder, model, count, growth):
             engine.step()
         check_empty(engine)
         stats = engine.stats()
+        assert stats["compiles_after_start"] == compiled and stats["programs"] <= 24
         page_of = engine.parts.residency.slot_of
         resident = page_of[page_of >= 0]
         assert len(set(resident.tolist())) == len(resident) <= stats["expert_slots"], "a slot holds one page"
@@ -233,3 +235,19 @@ def test_nothing_is_left_of_requests(folder, model):
 @pytest.mark.slow
 def test_nothing_is_left_of_5000_requests(folder, model):
     soak(folder, model, 5000, growth=60e6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("storage", ["tied", "separate"])
+def test_half_precision(tmp_path, monkeypatch, storage):
+    """bfloat16 weights and keys: the same text whatever the budget and the batch; programs of its own."""
+    monkeypatch.setattr(parts, "Runner", Runner)
+    folder = served.write(tmp_path / storage, storage=storage)
+    prompts = [np.random.default_rng(i).integers(1, served.VOCAB, 10 + i).tolist() for i in range(6)]
+    sampling, made = SamplingParams(max_new_tokens=8, ignore_eos=True), []
+    for options in (dict(expert_memory="1.0x"), dict(expert_memory="0.3x", schedule="fcfs", residency="lru")):
+        with Engine(folder, **OPTIONS | options | dict(dtype="bfloat16")) as engine:
+            made.append([out.tokens for out in engine.generate(prompts, sampling)])
+            assert engine.stats()["compiles_after_start"] == 0
+            assert engine.generate([prompts[0]], sampling)[0].tokens == made[-1][0]
+    assert made[0] == made[1]

@@ -1,11 +1,14 @@
 """What bad input gets from the engine: one clear line with name, value and rule, before any work."""
 
+import shutil
+
 import numpy as np
 import pytest
 import served
 from fake_runner import FakeRunner
 
-from readme_jax.config import ConfigError, DataError
+from readme_jax import api
+from readme_jax.config import CheckpointError, ConfigError, DataError
 from readme_jax.serving import parts
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import EngineOptions, memory_bytes
@@ -174,3 +177,14 @@ def test_calls(engine):
         engine.add_request([1], dict(seed=3))
     assert engine.cancel(12345) is False
     assert engine.generate(np.array([[1, 2]]), SamplingParams(max_new_tokens=1))[0].prompt == [1, 2]
+
+
+def test_a_model_without_its_weights_is_checked_all_the_same(folder, tmp_path):
+    whole, bare = api.load(folder), api.load(folder, weights=False)
+    assert bare.config == whole.config and bare.expert_config == whole.expert_config
+    assert np.array_equal(bare.experts, whole.experts) and bare.stop_tokens == whole.stop_tokens
+    damaged = shutil.copytree(folder, tmp_path / "damaged")
+    file = damaged / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        Engine(damaged)
