@@ -7,6 +7,7 @@ host, so one plan a segment serves all layers, and it picks the smallest of a fe
 Letters beside those of `models.parallel`: G = X devices times b rows, device by device.
 """
 
+import collections
 import contextlib
 import dataclasses
 import time
@@ -95,6 +96,18 @@ class Flight:
     best: tuple[int | None, ...]
 
 
+@dataclasses.dataclass(eq=False)
+class Piece:
+    """Tokens whose experts are wanted, from position `start` on, and what the router made of them once it was sent:
+    experts [X, T], the device's own row."""
+
+    device: int
+    ids: list[int]
+    start: int
+    pages: np.ndarray
+    expert_XT: jax.Array | None = None
+
+
 class MeshRunner:
     """A model with separate experts on `devices` devices. The interface is that of `serving.runner.Runner`, without
     loads: every expert stays on its device.
@@ -128,6 +141,7 @@ class MeshRunner:
         self.bytes_read = self.compiles = 0
         self.device_s = 0.0
         self._programs: dict[Any, Any] = {}
+        self._pieces: list[collections.deque[Piece]] = [collections.deque() for _ in range(devices)]
         self.device = self._mesh.devices.flat[0]
         self._load(params, router_params)
 
@@ -275,25 +289,36 @@ class MeshRunner:
 
     # ---- experts on arrival -----------------------------------------------------------------------
 
-    def route(self, tokens: Sequence[int], first: int, router_pages: Sequence[int]) -> Any:
-        """Enqueue the router on known tokens, the first of them at position `first`; see `fetch_experts`."""
-        out, longest, device = [], self._grid.lengths[-1], router_pages[0] // self.router_pages
-        for start in range(0, len(tokens), longest):
-            ids = tokens[start : start + longest]
-            t = self._grid.fit(len(ids))
-            rows = self._empty(1, t, self.router_pages)
-            self._fill(rows, device, ids, first + start, router_pages, device, self.router_pages)
-            program = self._programs["route", t]
-            expert_GT, self._router_cache = program(self._router, self._router_cache, self._put(rows, OWN))
-            out.append((device, len(ids), expert_GT))
+    def route(self, tokens: Sequence[int], first: int, router_pages: Sequence[int]) -> list[Piece]:
+        """The router on known tokens, the first of them at position `first`; see `fetch_experts`. It is sent with the
+        next step, or when its experts are asked for: so several devices have work at once."""
+        longest, device = self._grid.lengths[-1], router_pages[0] // self.router_pages
+        pages, starts = np.array(router_pages, np.int32), range(0, len(tokens), longest)
+        out = [Piece(device, list(tokens[start : start + longest]), first + start, pages) for start in starts]
+        self._pieces[device] += out
         return out
 
-    def fetch_experts(self, handle: Any) -> list[int]:
+    def _send_pieces(self) -> None:
+        """Enqueue the router on all pieces that wait, one a device at a time, in their order."""
+        while any(self._pieces):
+            turn = [mine.popleft() for mine in self._pieces if mine]
+            t = self._grid.fit(max(len(piece.ids) for piece in turn))
+            rows = self._empty(1, t, self.router_pages)
+            for piece in turn:
+                self._fill(rows, piece.device, piece.ids, piece.start, piece.pages, piece.device, self.router_pages)
+            program = self._programs["route", t]
+            expert_XT, self._router_cache = program(self._router, self._router_cache, self._put(rows, OWN))
+            for piece in turn:
+                piece.expert_XT = expert_XT
+
+    def fetch_experts(self, handle: list[Piece]) -> list[int]:
         """Expert of each token of a `route`, waiting for it."""
+        if any(piece.expert_XT is None for piece in handle):
+            self._send_pieces()
         began = time.perf_counter()
-        fetched = jax.device_get([expert_GT for _, _, expert_GT in handle])
+        fetched = jax.device_get([piece.expert_XT for piece in handle])
         self.device_s += time.perf_counter() - began
-        return [e for (device, count, _), expert_GT in zip(handle, fetched) for e in expert_GT[device, :count].tolist()]
+        return [e for piece, out_XT in zip(handle, fetched) for e in out_XT[piece.device, : len(piece.ids)].tolist()]
 
     # ---- steps ------------------------------------------------------------------------------------
 
@@ -347,6 +372,7 @@ class MeshRunner:
 
         plan, before_pass: not looked at, for all experts are where they belong.
         """
+        self._send_pieces()  # whose pages a request of this batch may have by now
         parts = [self._segment(batch, *part) for part in cut(self._grid, batch.works, self.devices)]
         streams = [self._start[segment.shape] for segment in parts]
         for layer in range(self.cfg.layer):
@@ -378,7 +404,7 @@ class MeshRunner:
     def fetch(self, flight: Flight) -> list[sampling.Score | None]:
         """What each work of a step drew, None where it did not sample: the one place that waits for the devices."""
         began = time.perf_counter()
-        wanted = [any((flight.best[i] or 0) >= 0 and flight.best[i] is not None for _, i in d[0]) for d in flight.drawn]
+        wanted = [any(flight.best[i] is not None and flight.best[i] >= 0 for _, i in works) for works, _, _ in flight.drawn]
         fetched = jax.device_get(
             [(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)]
         )

@@ -59,7 +59,7 @@ class Parts:
         self._kv_pages = kv_pages, router_pages
         self._limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
         self._cost = Cost(
-            read_bytes=lambda experts: self.bank.need_count(experts) * self.bank.page_bytes,
+            read_bytes=self._read_bytes,
             fixed_bytes=4 * cfg.layer * cfg.embed * cfg.head * cfg.head_dim * dtype.itemsize,  # attention's weights
         )
         shape: dict[str, Any] = dict(
@@ -101,6 +101,13 @@ class Parts:
         self._route_told = 0.0  # seconds of routing that steps before have been given
         self._busy_since: float | None = None  # when the first of the batches on the device was sent there
         self._cached: dict[Request, int | None] = {}  # of requests that have arrived: prompt tokens found in pages
+
+    def _read_bytes(self, experts: frozenset[int]) -> int:
+        """Bytes of pages that a step with these experts reads, on the device that reads most."""
+        sets, many = [experts], self.bank.experts // self.options.mesh_expert
+        if self.options.mesh_expert > 1:
+            sets = [[e for e in experts if e // many == x] for x in range(self.options.mesh_expert)]
+        return max(map(self.bank.need_count, sets)) * self.bank.page_bytes
 
     def _pages(self, name: str, token_bytes: int) -> int:
         """Pages of keys and values that the option `name` has room for."""
