@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from readme_jax import api
 from readme_jax.config import ConfigError, DataError
-from readme_jax.serving import mesh_runner, parts, segments
+from readme_jax.serving import mesh_segments, parts, segments
 from readme_jax.serving.engine import Engine
-from readme_jax.serving.mesh_runner import MeshRunner, cut, sizes
+from readme_jax.serving.mesh_runner import MeshRunner
+from readme_jax.serving.mesh_segments import cut, sizes
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES
 from readme_jax.serving.policies import Limits
 from readme_jax.serving.request import Batch, Request, SamplingParams, Work
@@ -262,7 +263,7 @@ def test_a_layer_is_two_exchanges_and_no_sort(folder, shared):
 def test_programs_are_few_and_take_any_skew(batch, chunk):
     limits = Limits(batch_requests=batch, batch_tokens=max(batch, chunk), chunk=chunk)
     for devices in (2, 4, 8):
-        g = mesh_runner.grid(limits, 8192, 16)
+        g = mesh_segments.grid(limits, 8192, 16)
         layers = [(shape, size) for shape in g.shapes for size in sizes(*shape, devices)]
         assert len(layers) + 2 * len(g.lengths) + len(g.rungs) <= 24
         for b, t in g.shapes:
@@ -325,3 +326,15 @@ def test_a_request_must_fit_on_one_device(folder, shared, monkeypatch):
         with pytest.raises(DataError, match=message):
             engine.add_request([1] * 50, SamplingParams(max_new_tokens=8))
         assert engine.stats()["kv_pages"] == 14 * DEVICES
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_programs_lower_for_accelerators(shared, platform):
+    """The largest of each kind; what there is no machine for is at least translated."""
+    runner, kinds = shared["mixed"], {}
+    with jax.set_mesh(runner._mesh):
+        for key, function, arguments, _ in runner._jobs():
+            kinds[key[0]] = function, arguments
+        for name, (function, arguments) in kinds.items():
+            text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+            assert text.count("stablehlo.all_to_all") == (2 if name == "layer" else 0)

@@ -178,7 +178,14 @@ def _add(cfg: ModelConfig, weights: Params, x_BTD: jax.Array, y_BTNH: jax.Array)
 
 
 def mix(
-    cfg: ModelConfig, weights: Params, cache: Cache, x_BTD: jax.Array, rows: Rows, window: jax.Array | None, *, page: int
+    cfg: ModelConfig,
+    weights: Params,
+    cache: Cache,
+    x_BTD: jax.Array,
+    rows: Rows,
+    window: jax.Array | None,
+    *,
+    page: int,
 ) -> tuple[tuple[jax.Array, jax.Array], Cache]:
     """Attention of one layer: (the residual after it, its norm for the FFN), and the cache."""
     with jax.named_scope("attention"):

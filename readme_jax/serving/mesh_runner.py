@@ -25,52 +25,15 @@ from readme_jax import hf, routing
 from readme_jax.config import require
 from readme_jax.models import paged, parallel, router
 from readme_jax.models.paged import Cache, Rows
-from readme_jax.serving import sampling, segments
+from readme_jax.serving import mesh_segments, sampling, segments
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.policies import Limits
-from readme_jax.serving.request import Batch, Request, Work
+from readme_jax.serving.request import Batch, Request
 from readme_jax.serving.residency import StepPlan
 from readme_jax.serving.runner import COMPILED
 from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh, spec
 
 OWN = spec("batch")  # a part for each device
-
-
-def grid(limits: Limits, context: int, page: int) -> segments.Grid:
-    """Shapes that are compiled, of one device: rows are 1, a quarter of the largest batch or all of it, since requests
-    may all lie on one device; pieces of prompts as on one device."""
-    rungs = {1, -(-limits.batch_requests // 4), limits.batch_requests}
-    return dataclasses.replace(segments.grid(limits, context, page), rungs=tuple(sorted(rungs)))
-
-
-def sizes(b: int, t: int, peers: int) -> tuple[int, ...]:
-    """Rows S that a device sends to each peer, ascending, for a segment of b rows of t tokens on each device.
-
-    What a balanced router needs (see `routing.ladder`) and all tokens of a device, for no skew may drop one; pieces of
-    prompts, which often keep to few experts, have a size between.
-    """
-    tokens = b * t
-    mean = tokens / peers
-    low = min(tokens, -(-int(mean + 2.4 * mean**0.5 + 1) // 2) * 2)
-    middle = {-(-(low + tokens) // 4) * 2} if t > 1 else set()
-    return tuple(sorted({low, tokens} | {size for size in middle if low < size < tokens}))
-
-
-def cut(g: segments.Grid, works: Sequence[Work], devices: int) -> list[tuple[tuple[int, int], list[list[int]]]]:
-    """(shape, for each device its places in the batch) of the segments of a batch: all single tokens together, and
-    pieces of prompts one a device at a time."""
-    single: list[list[int]] = [[] for _ in range(devices)]
-    pieces: list[list[int]] = [[] for _ in range(devices)]
-    for i, work in enumerate(works):
-        (single if work.count == 1 else pieces)[work.request.device].append(i)
-    out = []
-    most = max(map(len, single))
-    if most:
-        out.append(((next(b for b in g.rungs if b >= most), 1), single))
-    for turn in range(max(map(len, pieces))):
-        places = [mine[turn : turn + 1] for mine in pieces]
-        out.append(((1, g.fit(max(works[i].count for mine in places for i in mine))), places))
-    return out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +99,7 @@ class MeshRunner:
         assert router_cfg is not None, "more than one expert, so a router"
         self.router_cfg, self.bank, self.devices = router_cfg, bank, devices
         self.kv_page, self.context, self.dtype = kv_page, context, jnp.dtype(dtype)
-        self._grid = grid(limits, context, kv_page)
+        self._grid = mesh_segments.grid(limits, context, kv_page)
         self.kv_pages, self.router_pages = kv_pages, router_pages
         self.bytes_read = self.compiles = 0
         self.device_s = 0.0
@@ -150,7 +113,9 @@ class MeshRunner:
     def _load(self, params: dict[str, Any], router_params: Any) -> None:
         cfg, put, x = self.cfg, self._put, self.devices
         flat = params["layers"]
-        self.host_weights = flat["w_gate"], flat["w_up"], flat["w_down"]
+        # Shapes without memory: nothing is loaded after this.
+        nothing = np.broadcast_to(np.zeros((), self.dtype), flat["w_gate"].shape)
+        self.host_weights = nothing, nothing, nothing
         with jax.set_mesh(self._mesh):
             bank = parallel.separate_layout(params, self.bank.experts)["layers"]
         names = [name for name in parallel.BANK if name in bank]
@@ -170,8 +135,8 @@ class MeshRunner:
         for b, t in self.shapes:
             self._start[b, t] = put(np.zeros((x * b, t, cfg.embed), self.dtype), OWN)
             if b not in self._silent:
-                nothing = np.full((x * b, self.context), cfg.vocab, np.int32), np.zeros((x * b, self.context), np.int32)
-                self._silent[b] = put(sampling.History(*nothing), OWN)  # pyright: ignore[reportArgumentType]
+                silent = np.full((x * b, self.context), cfg.vocab, np.int32), np.zeros((x * b, self.context), np.int32)
+                self._silent[b] = put(sampling.History(*silent), OWN)  # pyright: ignore[reportArgumentType]
         self._layer_bytes = sum(w.nbytes for w in jax.tree.leaves(self._layers[0]))
         self._expert_bytes = sum(w.nbytes for w in jax.tree.leaves(self._experts[0])) // self.bank.experts
         self._head_bytes = self._top.get("head", self._top["embedding"]).nbytes
@@ -246,7 +211,7 @@ class MeshRunner:
             x_GTD = self._start[b, t]
             rows, last_G = self._put((self._empty(b, t, self.kv_pages), np.zeros(self.devices * b, np.int32)), OWN)
             own = (self._layers[0], self._experts[0], self._top["embedding"], self._caches[0], x_GTD, rows)
-            for size in sizes(b, t, self.devices):
+            for size in mesh_segments.sizes(b, t, self.devices):
                 nobody = np.zeros((self.devices * b, t), np.int32)
                 route = self._exchange(nobody, nobody > 0, (size,))[1]
                 layer = (*own, route, self._windows, self._index[0])
@@ -355,7 +320,7 @@ class MeshRunner:
             if work.samples:
                 asked[row] = request
                 self._fill(new, row, [0], end, request.router_pages, row // b, self.router_pages)
-        size, route = self._exchange(arrays.expert_BT, real_GT, sizes(b, t, x))
+        size, route = self._exchange(arrays.expert_BT, real_GT, mesh_segments.sizes(b, t, x))
         experts = len(np.unique(arrays.expert_BT[real_GT]))
         self.bytes_read += cfg.layer * (experts * self._expert_bytes + x * self._layer_bytes)
         rows, last_G = self._put((rows, last_G), OWN)
@@ -373,7 +338,7 @@ class MeshRunner:
         plan, before_pass: not looked at, for all experts are where they belong.
         """
         self._send_pieces()  # whose pages a request of this batch may have by now
-        parts = [self._segment(batch, *part) for part in cut(self._grid, batch.works, self.devices)]
+        parts = [self._segment(batch, *part) for part in mesh_segments.cut(self._grid, batch.works, self.devices)]
         streams = [self._start[segment.shape] for segment in parts]
         for layer in range(self.cfg.layer):
             for s, segment in enumerate(parts):
@@ -404,7 +369,9 @@ class MeshRunner:
     def fetch(self, flight: Flight) -> list[sampling.Score | None]:
         """What each work of a step drew, None where it did not sample: the one place that waits for the devices."""
         began = time.perf_counter()
-        wanted = [any(flight.best[i] is not None and flight.best[i] >= 0 for _, i in works) for works, _, _ in flight.drawn]
+        wanted = [
+            any(flight.best[i] is not None and flight.best[i] >= 0 for _, i in works) for works, _, _ in flight.drawn
+        ]
         fetched = jax.device_get(
             [(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)]
         )
