@@ -271,7 +271,8 @@ def route(
 
     def attend(q, k, v, index, cache):
         place = jax.typeof(q).sharding.spec
-        y_BTNH, cache = router_attention(cfg, *jax.reshard((q, k, v), REPLICATED), index, cache, rows, page=page)
+        q, k, v = jax.reshard((q, k, v), REPLICATED)
+        y_BTNH, cache = router_attention(cfg, q, k, v, index, cache, rows, page=page)
         return jax.reshard(y_BTNH, place), cache
 
     logits_BTE, cache = router.trunk(cfg, params, rows.ids_BT, rows.position_BT, theta, attend, cache)

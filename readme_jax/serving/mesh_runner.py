@@ -34,6 +34,7 @@ from readme_jax.serving.runner import COMPILED
 from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh, spec
 
 OWN = spec("batch")  # a part for each device
+SILENT = -2  # in place of the number of best tokens asked for: samples nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,10 +54,10 @@ class Segment:
 @dataclasses.dataclass(frozen=True)
 class Flight:
     """A step on the devices: (row, place in the batch) and what was drawn for each segment that samples. best: best
-    tokens asked for by each work, -1: no log-probability, None: it does not sample."""
+    tokens asked for by each work, -1: no log-probability; SILENT."""
 
     drawn: tuple[tuple[tuple[tuple[int, int], ...], jax.Array, sampling.Drawn], ...]
-    best: tuple[int | None, ...]
+    best: tuple[int, ...]
 
 
 @dataclasses.dataclass(eq=False)
@@ -237,7 +238,7 @@ class MeshRunner:
                     self._programs[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
         runner = self
 
-        def count(event: str, _: float, **__) -> None:
+        def count(event: str, duration_secs: float, **_: str | int) -> None:
             runner.compiles += event == COMPILED
 
         self._count = count
@@ -291,7 +292,7 @@ class MeshRunner:
         """Rows of padding on every device."""
         return segments.empty(self._grid, self.devices * b, t, pages * self.kv_page)
 
-    def _fill(self, rows: Rows, row: int, ids, start: int, pages: Sequence[int], device: int, many: int) -> None:
+    def _fill(self, rows: Rows, row: int, ids, start: int, pages: Any, device: int, many: int) -> None:
         """A row of new tokens; pages: ids of a device that has `many`, which knows them from 0 on."""
         segments.fill(self._grid, rows, row, ids, start, np.asarray(pages, np.int32) - device * many)  # pyright: ignore
 
@@ -363,15 +364,13 @@ class MeshRunner:
                 )
                 drawn.append((segment.works, pair_2G, rest))
         asked = [(work.samples, work.request.sampling.logprobs) for work in batch.works]
-        best = tuple((-1 if most is None else most) if samples else None for samples, most in asked)
+        best = tuple((-1 if most is None else most) if samples else SILENT for samples, most in asked)
         return Flight(tuple(drawn), best)
 
     def fetch(self, flight: Flight) -> list[sampling.Score | None]:
         """What each work of a step drew, None where it did not sample: the one place that waits for the devices."""
         began = time.perf_counter()
-        wanted = [
-            any(flight.best[i] is not None and flight.best[i] >= 0 for _, i in works) for works, _, _ in flight.drawn
-        ]
+        wanted = [any(flight.best[i] >= 0 for _, i in works) for works, _, _ in flight.drawn]
         fetched = jax.device_get(
             [(pair, rest if want else None) for (_, pair, rest), want in zip(flight.drawn, wanted)]
         )
@@ -380,7 +379,7 @@ class MeshRunner:
         for (works, _, _), (pair_2G, rest) in zip(flight.drawn, fetched):
             for row, i in works:
                 most = flight.best[i]
-                if most is not None:
+                if most != SILENT:
                     out[i] = sampling.score(pair_2G[:, row], rest, row, most)
         return out
 

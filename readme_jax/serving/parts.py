@@ -252,6 +252,7 @@ class Parts:
         def before_pass(index: int) -> None:
             # After every call that reads what the slots held, before the first that reads what they get.
             for load in loads.get(index, ()):
+                assert not isinstance(self.runner, MeshRunner), "all pages are there"
                 self.runner.insert(load.slots, self.transfers.take(load))
 
         stall = self.transfers.moved.stall_s

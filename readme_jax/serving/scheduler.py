@@ -31,7 +31,7 @@ class Scheduler:
     A request is unrouted (its experts are not all known), waiting, or live: one of at most `limits.max_live` between
     which batches are chosen. The waiting become live in order of arrival, when there are pages for their known tokens.
     When pages run out the youngest live request is sent back to wait and loses its pages. pool: of one device, or one
-    pool for each; a request's pages are all on its `device`, and only those that are there too make room. Counters: `number` batches
+    pool for each: a request's pages are all on its `device`, and room for it is made there. Counters: `number` batches
     formed, `preemptions`, and `waits`, by how many batches each work had been passed over.
     """
 
@@ -269,8 +269,8 @@ class Scheduler:
     def _grant(self, view: View, draft: Draft, request: Request, end: int, urgent: bool) -> bool:
         """Pages for the tokens before `end`.
 
-        If there are too few, requests of its device younger than this one lose theirs, the youngest first, as long as
-        they are neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
+        If there are too few, younger requests of its device lose theirs, the youngest first, as long as they are
+        neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
         """
         pool, place = self.pools[request.device], len(self.live) - 1
         if end <= len(request.pages) * pool.page_tokens:
