@@ -108,6 +108,14 @@ def shared(requests):
             one._runner.close()
 
 
+@pytest.fixture
+def runner(folder, shared, monkeypatch):
+    """The runner of the first model, made if no test before made it."""
+    monkeypatch.setattr(parts, "MeshRunner", shared["mixed"])
+    with Engine(folder, **OPTIONS):
+        return shared["mixed"]._runner
+
+
 def serve(engine, requests, rng, cancel):
     """Serve them while they arrive, some cancelled; every token is the one that part 1 gives."""
     ids, got, ended, todo = {}, {}, {}, list(requests)
@@ -225,9 +233,8 @@ def test_bfloat16_agrees_with_float32_nearly(folder, tmp_path):
     np.testing.assert_allclose(out.scores[0].logprob, logprob_V[out.tokens[0]], atol=0.2)
 
 
-def test_bytes_read(folder, shared, requests):
+def test_bytes_read(runner, requests):
     """Of a step: the experts that have tokens, once, and everything else on every device."""
-    runner = shared["mixed"]
     request = Request(requests["mixed"][0].prompt[:3], SamplingParams(), device=1)
     request.pages, request.router_pages = [runner.kv_pages], [runner.router_pages]
     request.experts = [6, 1, 6]
@@ -246,9 +253,8 @@ def test_bytes_read(folder, shared, requests):
 # ---- what is compiled ---------------------------------------------------------------------------------
 
 
-def test_a_layer_is_two_exchanges_and_no_sort(folder, shared):
+def test_a_layer_is_two_exchanges_and_no_sort(runner):
     """Argsort on a device would be a trap for whoever differentiates; no weight of an expert moves."""
-    runner = shared["mixed"]
     layers = {key: program.as_text() for key, program in runner._programs.items() if key[0] == "layer"}
     assert len(layers) >= 8
     for key, text in layers.items():
@@ -327,9 +333,9 @@ def test_a_request_must_fit_on_one_device(folder, shared, monkeypatch):
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_programs_lower_for_accelerators(shared, platform):
+def test_programs_lower_for_accelerators(runner, platform):
     """The largest of each kind; what there is no machine for is at least translated."""
-    runner, kinds = shared["mixed"], {}
+    kinds = {}
     with jax.set_mesh(runner._mesh):
         for key, function, arguments, _ in runner._jobs():
             kinds[key[0]] = function, arguments
