@@ -147,7 +147,7 @@ def main() -> None:
     parser.add_argument("--dense", required=True, help="the dense model it was made of")
     parser.add_argument("--data", required=True, help="folder of `readme-jax data`")
     parser.add_argument("--exported", help="folder of `readme-jax export`; made when not given")
-    parser.add_argument("--tokens", type=int, default=32, help="tokens of each output")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens of each output")
     parser.add_argument("--repeats", type=int, default=3, help="turns; the median counts")
     parser.add_argument("--live", type=int, nargs="+", default=LIVE, help="requests at once")
     parser.add_argument("--steps", type=int, default=RANDOM_STEPS, help="random steps at the end")

@@ -13,8 +13,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import tyro
-
 from readme_jax import api, cli
 from readme_jax.config import DataError, require, to_dict
 from readme_jax.data import open_records
@@ -27,6 +25,7 @@ from readme_jax.serving.trace_files import read_trace
 from readme_jax.serving.traces import ArrivalsConfig, TraceRequest, arriving, at_rate, clip, generate, with_prompts
 
 SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0)  # of all expert pages, in the plots against memory
+DRAWN = ArrivalsConfig(requests=64, rate=2.0, prompt_mean=128, output_mean=48)
 SHOWN_S = 0.5  # seconds of the timeline
 
 
@@ -34,8 +33,8 @@ SHOWN_S = 0.5  # seconds of the timeline
 class BenchConfig(EngineOptions):
     """One benchmark: a model, a trace, policies, and every option of the engine."""
 
-    model: tyro.conf.Positional[str]
-    """Tuned model: folder or hub name."""
+    model: str
+    """Tuned model: folder or hub name. As the first argument it needs no `--model`."""
     policies: tuple[str, ...] = ()
     """Pairs such as expert-aware+lookahead, or `all`; none: the pair of `schedule` and `residency`."""
     trace: Path | None = None
@@ -44,7 +43,7 @@ class BenchConfig(EngineOptions):
     """First requests of the trace file to replay; 0: all."""
     rate: float = 0.0
     """Requests per second that the trace file is brought to; 0: its own times."""
-    arrivals: ArrivalsConfig = ArrivalsConfig(requests=64, rate=2.0, prompt_mean=128, output_mean=48)
+    arrivals: ArrivalsConfig = DRAWN
     """The generated trace, where there is no file."""
     data: Path | None = None
     """Folder of `readme-jax data` whose held-out text gives the prompts; none: the one the model was tuned on."""
@@ -64,6 +63,15 @@ class BenchConfig(EngineOptions):
         known = [f"{schedule}+{residency}" for schedule in SCHEDULES for residency in RESIDENCIES]
         for name in self.policies:
             require(name in ("all", *known), f"policies: {name!r} is not `all` or one of {', '.join(known)}")
+        one = (self.schedule, self.residency) == (EngineOptions.schedule, EngineOptions.residency)
+        require(
+            one or not self.policies, "policies names the pairs; schedule and residency are for one pair without it"
+        )
+        drawn = self.requests == 64 and self.rate == 0
+        require(
+            self.trace is not None or drawn, "requests and rate are of a trace file; see arrivals for drawn requests"
+        )
+        require(self.trace is None or self.arrivals == DRAWN, "arrivals draws requests; the trace file has its own")
         require(self.requests >= 0, f"requests={self.requests} must be 0 (all) or more")
         require(self.rate >= 0, f"rate={self.rate} must be 0 (as in the trace) or more")
         for name in ("goal_ttft", "goal_tpot", "goal_e2el"):
@@ -90,6 +98,7 @@ def read_requests(config: BenchConfig, model: api.Model) -> list[TraceRequest]:
             trace = arriving(trace, config.rate) if together else at_rate(trace, config.rate)
     trace = clip(trace, config.context or model.config.max_position)
     if all(one.prompt is not None for one in trace):
+        require(config.data is None, f"data={config.data}: the trace has prompts of its own")
         return trace
     folder = config.data or replay.data_folder(model.folder)
     rule = f"the trace has no prompts and {model.folder} does not say what it was tuned on; --data names held-out text"
@@ -112,6 +121,9 @@ def run_pair(
 
 def main(argv: list[str] | None = None) -> None:
     """Replay under every pair that is asked for, print the table, write the results."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and not argv[0].startswith("-"):
+        argv = ["--model", *argv]
     config: BenchConfig = cli.parse(BenchConfig, argv, __doc__ or "", prog="readme-jax bench")
     model = api.load(config.model, weights=False)
     trace = read_requests(config, model)
@@ -120,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
     latencies, curves, last = {}, {}, None
     options: dict[str, Any] = {f.name: getattr(config, f.name) for f in dataclasses.fields(EngineOptions)}
     with Engine(model, progress=True, **options) as engine:
+        replay.check(engine, trace)
         bank = engine.parts.bank
         for pair in config.pairs():
             results[pair], recorder = run_pair(config, engine, trace, pair)
@@ -156,7 +169,8 @@ def write(config: BenchConfig, results, latencies, curves, outputs: int, last: t
         plots.against_memory(out / f"bytes_{schedule}.png", shares, moved, "MB loaded / generated token", title)
     middle = recorder.steps[len(recorder.steps) // 2].start
     passes = [(step.start, step.end) for step in recorder.steps]
-    plots.timeline(out / "timeline.png", passes, recorder.sent, (middle, middle + SHOWN_S), name)
+    sent: Any = recorder.sent  # as the simulator's transfers, they begin and end
+    plots.timeline(out / "timeline.png", passes, sent, (middle, middle + SHOWN_S), name)
 
 
 if __name__ == "__main__":

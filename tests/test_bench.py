@@ -103,9 +103,12 @@ def test_bad_options(refused, folder, tmp_path):
     refused(["schedule", "fifo"], folder, "--schedule", "fifo")
     refused(["expert_memory='5x': a share must be in (0, 1]x"], folder, "--expert-memory", "5x")
     refused(["goal_ttft=-1.0 must be 0 (none) or more"], folder, "--goal-ttft", "-1")
-    refused(["rate=-2.0"], folder, "--rate", "-2")
+    refused(["rate=-2.0"], folder, "--trace", tmp_path / "x.csv", "--rate", "-2")
     refused(["model"], "--rate", "2")
     refused(["nowhere"], tmp_path / "nowhere")
+    refused(["policies names the pairs"], folder, "--policies", "all", "--schedule", "fcfs")
+    refused(["requests and rate are of a trace file"], folder, "--rate", "3")
+    refused(["arrivals draws requests"], folder, "--trace", tmp_path / "x.csv", "--arrivals.rate", "3")
 
 
 def test_bad_models(refused, stages):
@@ -131,3 +134,9 @@ def test_bad_traces(refused, folder, stages, tmp_path):
     trace.write_text(head + "2023-11-16 18:00:00,10,5\n")
     refused(["the trace has no prompts", "--data names held-out text"], folder, "--trace", trace)
     refused([tmp_path / "none"], folder, "--trace", trace, "--data", tmp_path / "none")
+    own = tmp_path / "own.jsonl"
+    own.write_text('{"arrival": 0, "prompt": [5, 6], "output_tokens": 4}\n')
+    refused(["the trace has prompts of its own"], folder, "--trace", own, *data)
+    wide = ["a request of 50 tokens needs 4 pages; kv_memory='20000' holds 2"]
+    own.write_text('{"arrival": 0, "prompt": [5, 6], "output_tokens": 48}\n')
+    refused(wide, folder, "--trace", own, "--kv-memory", "20000")

@@ -129,6 +129,7 @@ def test_stages(monkeypatch, capsys):
         "alternate",
         "evaluate",
         "generate",
+        "bench",
         "simulate",
         "export",
     ]

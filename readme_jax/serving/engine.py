@@ -197,7 +197,7 @@ class Engine:
             self.cancel(number)
         while self._flying:
             self._land()
-        self.parts.transfers.close()
+        self.parts.stop()
 
     def close(self) -> None:
         """Cancel what is left, end the transfer thread and let the device memory go. May be called twice."""

@@ -93,7 +93,7 @@ class Parts:
         self.transfers = Transfers(
             rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
         )
-        weakref.finalize(self, self.transfers.close)  # of an engine that nobody closed
+        self.stop = weakref.finalize(self, self.transfers.close)  # called for an engine that nobody closes, too
         shape = len(devices) * router_pages, options.kv_page
         self._expert_of = np.zeros(shape, np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()

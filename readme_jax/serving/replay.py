@@ -27,6 +27,12 @@ def data_folder(model: Path) -> Path | None:
     return next((place for place in places if (place / artifacts.MANIFEST).is_file()), None)
 
 
+def check(engine: Engine, trace: Sequence[TraceRequest]) -> None:
+    """DataError for a request that the engine's pages cannot hold."""
+    for one in trace:
+        engine.parts.check_room(one.prompt_tokens + one.output_tokens)
+
+
 def replay(engine: Engine, trace: Sequence[TraceRequest], bar: Any = None) -> float:
     """Serve the requests, oldest first, as they arrive; seconds from the first arrival to the last token.
 
