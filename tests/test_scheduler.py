@@ -260,6 +260,21 @@ def test_room_is_made_on_the_device_that_lacks_it():
     assert s.preemptions > 0 and [pool.available for pool in pools] == [6, 6]
 
 
+def test_who_is_admitted_finds_room_on_his_own_device():
+    pools = [PagePool(5, 2, reuse=False, first=5 * x) for x in range(2)]
+    s = Scheduler("fcfs", Limits(batch_requests=4, batch_tokens=64, chunk=16), pools)
+    made = [request([0] * 8, new=2, arrival=float(i)) for i in range(4)]
+    for r, device in zip(made, (0, 1, 1, 0)):
+        r.device = device
+        s.add(r)
+    batch = s.schedule()
+    assert [work.request for work in batch.works] == s.live == made[:2] and s.waiting == 2
+    complete(s, batch)
+    while s.unfinished:
+        complete(s, s.schedule())
+    assert s.preemptions == 0 and [pool.available for pool in pools] == [5, 5]
+
+
 def test_a_full_device_does_not_take_from_another():
     pools = [PagePool(4, 2, reuse=False, first=4 * x) for x in range(2)]
     s = Scheduler("fcfs", Limits(batch_requests=4, batch_tokens=64, chunk=16), pools)
