@@ -2,20 +2,28 @@
 
     python benchmarks/train.py --json train.json
     python benchmarks/train.py --model smollm2 --steps 4 --json train.json
+    python benchmarks/train.py --against a619836 --json train.json
 
 One device. Turns in one process, A B C, B C A, ...: each runs some steps of a phase, the one before them untimed; a
-ratio is the median over turns of tokens/s of `program` over those of another way, with its lowest and highest:
+`plain_ratio` is the median over turns of tokens/s of `program` over those of another way, with its lowest and highest:
 
-- program: the loop of train/alternate.py, with what it is made of: `Ahead`, `RoutedBatches`, `Watch`, metrics on disk;
-- plain: place the batch, call the step, fetch the loss of the step before. Nothing is made ahead;
+- program: a loop of what that of train/alternate.py is made of (`Ahead`, `RoutedBatches`, `Watch`, metrics on disk),
+  without its checkpoints and ahead-of-time compilation;
+- plain: place the batch, call the step, fetch the loss of the step before. Nothing is made ahead. It calls the same
+  steps as `program`, those of this tree: what an earlier commit did is measured by `--against`;
 - alone: batches placed before the clock starts, each step waited for: what the device itself needs;
 - PyTorch (`--torch`): the same step of `torch_reference.py`, autocast where `--dtype` is bfloat16. Losses must agree.
 
 Shares of the program's wall time: `host` and `data` are the `host_share` and `data_wait_share` that it writes to
 timing.jsonl itself. Beside them, measured independently: `thread`, the CPU time of the loop's thread, which bounds its
 work from above (a CPU device runs small programs in it too); and `outside`, 1 - alone / program, as noisy as the
-machine: below zero the program hides work behind the device which `alone` does not. `cpu_ratio` is the ratio to `plain`
-of the CPU time of all threads: on a CPU device what other programs on the machine leave as it is.
+machine: below zero the program hides work behind the device which `alone` does not. `plain_cpu_ratio` is the
+ratio to `plain` of the CPU time of all threads: on a CPU device what other programs on the machine leave as it is.
+
+`--against COMMIT` runs train/alternate.py itself, of this tree and of COMMIT, in processes of their own in turns over
+the same folders (train_against.py): `router_step_ratio` and `expert_step_ratio` are medians over turns of tokens/s of
+this tree over COMMIT's, `..._cpu_ratio` the same of CPU time; take several turns, one on a busy CPU has been 40 % off.
+a619836 is the last commit before meshes: the single-device path that must not have become slower.
 
 Tokens and router labels are drawn: no step's time depends on them, but for `--way grouped`, whose groups do. On an
 accelerator MFU is useful FLOPs over the bf16 peak, and memory the peak that the device reports; on a CPU, which reports
@@ -39,6 +47,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 import numpy as np
+from train_against import compare
 from train_loops import CE, EXPERTS, LR, SIZES, Clock, Setup
 
 from readme_jax import carve, hf
@@ -126,15 +135,15 @@ def measure(s: Setup, name: str, args: argparse.Namespace, other: Callable[[str,
         program, plain = got["program"], got["plain"]
         turn = {f"{way}_tokens_per_s": s.tokens / each["seconds"] for way, each in got.items()}
         turn |= {key: program[key] for key in program if key.endswith("share")}
-        turn["ratio"] = plain["seconds"] / program["seconds"]
-        turn["cpu_ratio"] = plain["cpu"] / program["cpu"]
+        turn["plain_ratio"] = plain["seconds"] / program["seconds"]
+        turn["plain_cpu_ratio"] = plain["cpu"] / program["cpu"]
         turn["outside_share"] = 1 - got["alone"]["seconds"] / program["seconds"]
         if other:
             turn["torch_ratio"] = got["torch"]["seconds"] / program["seconds"]
         turns.append(turn)
     found = {key: statistics.median(turn[key] for turn in turns) for key in turns[0]}
-    ratios = sorted(turn["ratio"] for turn in turns)
-    found["ratio_low"], found["ratio_high"] = ratios[0], ratios[-1]
+    ratios = sorted(turn["plain_ratio"] for turn in turns)
+    found["plain_ratio_low"], found["plain_ratio_high"] = ratios[0], ratios[-1]
     if s.peak:
         found["mfu"] = found["program_tokens_per_s"] * s.seen[name].flops / s.peak
     return found
@@ -168,6 +177,7 @@ def main() -> None:
         help="device of PyTorch's turns, such as cpu or cuda; none: no such turns; auto: cuda where JAX runs on a GPU "
         "and PyTorch sees one too",
     )
+    parser.add_argument("--against", help="commit of this repository whose training program takes turns with this one")
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
     if min(args.steps, args.turns) < 1 or min(args.seq, args.batch) < 0:
@@ -176,7 +186,7 @@ def main() -> None:
     args.seq, args.batch = (given or usual for given, usual in zip((args.seq, args.batch), SIZES[args.model]))
     args.dtype = args.dtype or ("float32" if cpu else "bfloat16")
     device = torch_device(args.torch)
-    figures: dict[str, Any] = {}
+    figures: dict[str, Any] = against(args) if args.against else {}
     with tempfile.TemporaryDirectory() as room, use_mesh(MeshConfig(data=1)):
         s = Setup(
             Path(room),
@@ -201,9 +211,9 @@ def main() -> None:
             shares = "".join(
                 f"{got[key]:8.1%}" for key in ("host_share", "data_wait_share", "thread_share", "outside_share")
             )
-            print(f"{name:9}{rates}{got['ratio']:8.3f}{shares}", flush=True)
-            print(f"{'':9}ratio {got['ratio_low']:.3f} to {got['ratio_high']:.3f}", end="")
-            print(f", of CPU time {got['cpu_ratio']:.3f}", end="")
+            print(f"{name:9}{rates}{got['plain_ratio']:8.3f}{shares}", flush=True)
+            print(f"{'':9}ratio to plain {got['plain_ratio_low']:.3f} to {got['plain_ratio_high']:.3f}", end="")
+            print(f", of CPU time {got['plain_cpu_ratio']:.3f}", end="")
             print(f", MFU {got['mfu']:.1%}" if s.peak else "", flush=True)
         figures["memory_gb"], figures["plan_gb"] = s.memory()
         print(f"memory {figures['memory_gb']:.3f} GB, plan {figures['plan_gb']:.3f}", flush=True)
@@ -216,6 +226,25 @@ def main() -> None:
             print(f"PyTorch's memory {peak:.3f} GB")
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1))
+
+
+def against(args: argparse.Namespace) -> dict[str, float]:
+    """Figures of this tree's training program beside that of another commit. Before anything lies on the device."""
+    options = {key: getattr(args, key) for key in ("model", "seq", "dtype", "batch", "way", "remat")}
+    figures: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as room:
+        found = compare(Path(room), args.against, args.turns, steps=args.steps * args.turns, **options)
+    for name, short in (("router", "router_step"), ("experts", "expert_step")):
+        ours, theirs = found[name].swapaxes(0, 1)  # [turns, 2]: by the clock, by CPU time
+        ratios, cpu = (ours / theirs).T
+        figures |= {f"{short}_ratio": float(np.median(ratios)), f"{short}_cpu_ratio": float(np.median(cpu))}
+        figures |= {f"{short}_ratio_low": float(ratios.min()), f"{short}_ratio_high": float(ratios.max())}
+        rates = [float(np.median(each[:, 0])) for each in (ours, theirs)]
+        print(
+            f"{name:9}{rates[0]:9.0f} tokens/s, {args.against} {rates[1]:9.0f}, ratio {np.median(ratios):.3f}", end=""
+        )
+        print(f" ({ratios.min():.3f} to {ratios.max():.3f}), of CPU time {np.median(cpu):.3f}", flush=True)
+    return figures
 
 
 def torch_device(asked: str) -> str:

@@ -1,7 +1,7 @@
 """A run of alternating training on one device, and the loops over its steps that `train.py` times.
 
 In: sizes and options. Out: seconds of a step, by way. The parts are the training program's own, put together as
-train/alternate.py does; only the data and, but for SmolLM2, the weights are drawn.
+train/alternate.py does, but for checkpoints; only the data and, but for SmolLM2, the weights are drawn.
 """
 
 import contextlib
@@ -62,6 +62,24 @@ class Clock:
         return {"seconds": wall / count, "cpu": cpu / count, "thread_share": thread / wall}
 
 
+def draw_model(name: str) -> tuple[Path | None, ModelConfig, backbone.Params]:
+    """(folder where there is one, sizes, float32 parameters of the host) of a model of SIZES."""
+    if name != "smollm2":
+        return None, RANDOM[name], hf.init_params(RANDOM[name])
+    folder = sources.resolve_model(sources.FALLBACK_MODEL)
+    return folder, hf.read_config(folder)[0], hf.load_params(folder, dtype=np.float32)[0]
+
+
+def expert_sizes(cfg: ModelConfig, rng: np.random.Generator) -> tuple[ExpertConfig, np.ndarray]:
+    """Tied experts of half the channels each, drawn; their table [L, E, C]."""
+    channels, names = cfg.mlp // 2, tuple(f"domain{i}" for i in range(EXPERTS))
+    sizes = ExpertConfig(
+        experts=EXPERTS, channels=channels, storage="tied", names=names, importance="energy", carving="domain"
+    )
+    drawn = [np.sort(rng.permutation(cfg.mlp)[:channels]) for _ in range(cfg.layer * EXPERTS)]
+    return sizes, np.stack(drawn).astype(np.int32).reshape(cfg.layer, EXPERTS, channels)
+
+
 class Setup:
     """A run of alternating training on one device, as train/alternate.py holds it: data, model, phases, steps."""
 
@@ -79,19 +97,9 @@ class Setup:
     ):
         """folder: for the labels, and what the loop writes. peak: FLOP/s, None for what is known of the device."""
         self.folder, rng = folder, np.random.default_rng(0)
-        self.model = sources.resolve_model(sources.FALLBACK_MODEL) if model == "smollm2" else None
-        if self.model is None:
-            self.cfg, self.host = RANDOM[model], hf.init_params(RANDOM[model])
-        else:
-            self.cfg, self.host = hf.read_config(self.model)[0], hf.load_params(self.model, dtype=np.float32)[0]
-        cfg, channels = self.cfg, self.cfg.mlp // 2
-        names = tuple(f"domain{i}" for i in range(EXPERTS))
-        sizes = ExpertConfig(
-            experts=EXPERTS, channels=channels, storage="tied", names=names, importance="energy", carving="domain"
-        )
-        every = range(cfg.layer * EXPERTS)
-        table_LEC = np.stack([np.sort(rng.permutation(cfg.mlp)[:channels]) for _ in every]).astype(np.int32)
-        self.table_LEC = table_LEC.reshape(cfg.layer, EXPERTS, channels)
+        self.model, self.cfg, self.host = draw_model(model)
+        cfg = self.cfg
+        sizes, self.table_LEC = expert_sizes(cfg, rng)
         phases = {
             "router": RouterPhase(steps=LONG, batch=batch, optim=OptimConfig(lr=LR)),
             "experts": ExpertPhase(

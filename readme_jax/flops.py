@@ -1,8 +1,9 @@
-"""Floating point operations of a step, per token: what the mathematics of each phase needs, from sizes alone.
+"""Floating point operations of a step, per token: the matrix multiplications that each phase runs, from sizes alone.
 
-A multiplication with its addition counts as 2. Matrix multiplications are counted and nothing else; attention as the
-whole [T, T] square, which is what runs here. What `remat` computes a second time is left out, so that throughput
-divided by the peak of the device gives MFU in the sense of PaLM (arXiv 2204.02311, appendix B), not hardware use.
+A multiplication with its addition counts as 2. Throughput divided by the peak of the device gives MFU in the sense of
+PaLM (arXiv 2204.02311, appendix B): what `remat` computes a second time is left out. It counts what runs, not the
+least that would do, so it flatters where the two differ: attention is the whole [T, T] square, of which causality
+needs half; `masked` experts are all channels that any expert has, and a token's mask keeps those of its own expert.
 """
 
 import dataclasses

@@ -113,6 +113,26 @@ def resident(run: Run, before: bool = False) -> tuple[int, int]:
     return weights, optimizer
 
 
+def checkpoint_bytes(run: Run) -> int:
+    """Bytes of one checkpoint, of all hosts together: what is tuned, and its AdamW moments (`steps.Phase`)."""
+    config, held = run.config, []
+    held.append(abstract.phase(abstract.student(run)[0], optim.make(config.experts.optim, config.experts.steps)))
+    if run.router is not None:
+        tx = optim.make(config.router.optim, config.router.steps)
+        held.append(abstract.phase(abstract.router_parameters(run), tx))
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(held))
+
+
+def checkpoint_seconds(config: AlternateConfig, hours: dict[str, float]) -> float:
+    """Seconds between two checkpoints: the shorter of what `minutes` and `steps` ask for; with neither, the shorter
+    phase, whose end is saved. hours: of each phase, all rounds together."""
+    pace, plan = config.checkpoint, {"router": config.router.steps, "experts": config.experts.steps}
+    lasts = {name: 3600 * hours[name] / config.rounds for name, steps in plan.items() if steps}
+    asked = [60 * pace.minutes] if pace.minutes else []
+    asked += [pace.steps * lasts[name] / plan[name] for name in lasts] if pace.steps else []
+    return min(asked or lasts.values())
+
+
 def _weight_shapes(run: Run) -> frozenset:
     """Sorted shapes of all parameters, and of one layer's."""
     leaves = jax.tree.leaves(abstract.parameters(run))
@@ -148,7 +168,7 @@ def peak(found: dict[str, Memory]) -> tuple[str, Memory]:
 
 
 def work(run: Run, records: int = 0) -> Work:
-    """Tokens and FLOPs of the run (`flops`: what the mathematics needs, recomputation left out).
+    """Tokens and FLOPs of the run (`flops`: what runs, recomputation left out).
 
     records: train records there are, which bounds what is labelled before the loop; 0: unknown.
     """

@@ -17,11 +17,13 @@ TEXTS += sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def commands():
-    """(file, words) of every `readme-jax STAGE ...` that is written to be typed, at the start of a line or a phrase."""
+    """(file, words) of every `readme-jax STAGE ...` that is written to be typed, at the start of a line or a phrase,
+    and of every stage that tpu_vm.sh is told to start."""
     for path in TEXTS:
         text = path.read_text().replace("\\\n", " ")
         stages = "|".join(cli.STAGES)
-        for found in re.finditer(rf"(?:^|`|&& |# +)readme-jax ((?:{stages}) [^`\n]+)", text, re.M):
+        before = r"(?:^|`|&& |# +)readme-jax|tpu_vm\.sh (?:one|run)"
+        for found in re.finditer(rf"(?:{before}) ((?:{stages}) [^`\n]+)", text, re.M):
             line = re.split(r"  +\(|\s+#|\s\"\$", found[1])[0]
             yield pytest.param(shlex.split(line), id=f"{path.relative_to(ROOT)}: {line}"[:90])
 
@@ -55,7 +57,7 @@ def test_commands_are_found():
     assert len(list(commands())) > 20, "a test of nothing"
 
 
-@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch"])
+@pytest.mark.parametrize("name", ["tpu_vm.sh", "slurm.sbatch", "restart.sh"])
 def test_scripts_are_sound(name):
     path = ROOT / "train" / "launch" / name
     subprocess.run(["bash", "-n", str(path)], check=True)

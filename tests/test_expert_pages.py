@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from oracles_core import random_table
 
-from readme_jax.models import expert_pages, experts
+from readme_jax.models import expert_kernels, expert_pages, experts
 from readme_jax.models.expert_pages import Pages
 from readme_jax.serving.bank import Bank
 from readme_jax.sharding import AXES, put
@@ -65,7 +65,8 @@ def listed(bank, slot_I, layer, named, rng, length=None):
 
 WAYS = {
     "portable": jax.jit(expert_pages.portable),
-    "kernel": jax.jit(functools.partial(expert_pages.kernel, interpret=True)),
+    "tpu": jax.jit(functools.partial(expert_kernels.tpu, interpret=True)),
+    "gpu": jax.jit(functools.partial(expert_kernels.gpu, interpret=True)),
 }
 run = WAYS["portable"]
 CASES = [
@@ -92,11 +93,39 @@ def test_the_listed_pages_are_the_masked_ffn(mesh, storage, count, page, biases,
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("way", ["tpu", "gpu"])
+@pytest.mark.parametrize("tokens", [2, 70])
+@pytest.mark.parametrize("dtype, error", [("float32", 1e-6), ("bfloat16", 2**-8)])
+def test_the_kernels_at_widths_that_are_no_power_of_two(mesh, way, tokens, dtype, error):
+    """Masked blocks of tokens, columns and rows, several programs over a list, experts past one word; both sums are
+    float32: bfloat16 rounds the hidden and the output once each."""
+    d, page, count, listed = 600, 23, 40, 9
+    rng = np.random.default_rng(tokens)
+    draw = lambda *shape: put(rng.normal(size=shape).astype(dtype))  # noqa: E731
+    x_MD, pool_SQD = draw(tokens, d), draw(listed + 1, 3 * page, d) / np.sqrt(d).astype(dtype)
+    member_IER = rng.random((listed, count, page)) < 0.5
+    pages = Pages(pool_SQD, put(expert_pages.member_bits(member_IER)), draw(listed + 1, 2, page))
+    slot_N, item_N = rng.permutation(listed + 1)[:listed].astype(np.int32), np.arange(listed, dtype=np.int32)
+    expert_M = rng.integers(0, count, tokens).astype(np.int32)
+    listed_pages = put(slot_N), put(item_N), put(np.int32(listed - 2))
+    got_MD = np.asarray(WAYS[way](x_MD, pages, *listed_pages, put(expert_M)), np.float64)
+    x_MD, pool_SQD, bias_I2R = (np.asarray(w, np.float64) for w in (x_MD, pool_SQD, pages.bias_I2R))
+    expected_MD = np.zeros_like(x_MD)
+    for slot, item in list(zip(slot_N, item_N, strict=True))[:-2]:
+        gate_RD, up_RD, down_RD = np.split(pool_SQD[slot], 3)
+        gate_MR, up_MR = x_MD @ gate_RD.T + bias_I2R[item, 0], x_MD @ up_RD.T + bias_I2R[item, 1]
+        h_MR = gate_MR / (1 + np.exp(-gate_MR)) * up_MR * member_IER[item, expert_M]
+        expected_MD += h_MR @ down_RD
+    off = np.linalg.norm(got_MD - expected_MD) / np.linalg.norm(expected_MD)
+    assert off < error
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 64, 1024])
 @pytest.mark.parametrize("d, page", [(576, 16), (4096, 32)])
-def test_the_kernel_lowers_for_tpu(dtype, tokens, d, page):
-    """Mosaic takes it for decode and prefill at the widths of SmolLM2 and Llama 2, and elsewhere it is not used."""
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
+def test_the_kernels_lower(dtype, tokens, d, page):
+    """For TPU and GPU, decode and prefill, at the widths of SmolLM2 and Llama 2, and elsewhere they are not used."""
     slots, items, listed = 100, 300, 64
     shaped = jax.ShapeDtypeStruct
     pages = Pages(
@@ -105,12 +134,16 @@ def test_the_kernel_lowers_for_tpu(dtype, tokens, d, page):
     )  # fmt: skip
     ids_N, one = shaped((listed,), jnp.int32), shaped((), jnp.int32)
     inputs = (shaped((tokens, d), dtype), pages, ids_N, ids_N, one, shaped((tokens,), jnp.int32))
-    mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3)
-    with jax.sharding.use_abstract_mesh(mesh):
-        traced = jax.jit(expert_pages.ffn).trace(*inputs)
-        text = traced.lower(lowering_platforms=("tpu",)).as_text()
-        assert text.count("tpu_custom_call") == 1 and "while" not in text
-        assert "tpu_custom_call" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+    texts = {}
+    for platform in ("tpu", "cuda", "cpu"):
+        # what Triton compiles for is asked of the mesh where there is no GPU
+        device = AbstractDevice("NVIDIA H100", 132, "gpu") if platform == "cuda" else None
+        mesh = AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Explicit,) * 3, abstract_device=device)
+        with jax.sharding.use_abstract_mesh(mesh):
+            texts[platform] = jax.jit(expert_pages.ffn).trace(*inputs).lower(lowering_platforms=(platform,)).as_text()
+    assert texts["tpu"].count("tpu_custom_call") == 1 and "stablehlo.while" not in texts["tpu"]
+    assert texts["cuda"].count("xla.gpu.triton") == 2 and "stablehlo.while" not in texts["cuda"]
+    assert "custom_call" not in texts["cpu"] and "stablehlo.while" in texts["cpu"]
 
 
 def test_parts_of_a_list_add_up(mesh):

@@ -21,6 +21,7 @@ from readme_jax.carve import EXPERTS, channels_of
 from readme_jax.config import ExpertConfig, free, require
 
 GB = 1e9
+USUAL, ROUGH = 0.1, 0.25  # shares of memory kept free; ROUGH: where the plan was compared once and was a third below
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,8 +38,11 @@ class PlanConfig(AlternateConfig):
     """Experts of a model that is not carved yet."""
     carve_fraction: float = free(0.5)
     """Share of the FFN channels of one expert, of a model that is not carved yet."""
-    margin: float = free(0.1)
-    """Share of a device's memory that must stay free: for the runtime, and for what the estimate is off."""
+    margin: float = free(-1.0)
+    """Share of a device's memory that must stay free: for the runtime, and for what the estimate is off. -1: 0.1, and
+    0.25 for separate experts on a TPU, where XLA's heap was a third above the estimate in the run compared."""
+    disk: float = free(0.0)
+    """GB/s that all hosts together write to the file system of `out`; 0: not known, said is what checkpoints need."""
     mfu: float = free(0.4)
     """Share of the peak arithmetic that useful FLOPs are assumed to reach; hours follow from it."""
     json: Path | None = free(None)
@@ -48,7 +52,9 @@ class PlanConfig(AlternateConfig):
         super().__post_init__()
         require(min(self.devices, self.seq) >= 0, f"devices={self.devices}, seq={self.seq} must not be negative")
         require(self.carve_experts >= 1, f"carve_experts={self.carve_experts} must be at least 1")
-        require(0 <= self.margin < 1, f"margin={self.margin} must be at least 0 and below 1")
+        free_share = self.margin == -1 or 0 <= self.margin < 1
+        require(free_share, f"margin={self.margin} must be at least 0 and below 1, or -1")
+        require(self.disk >= 0, f"disk={self.disk} must not be negative")
         require(0 < self.mfu <= 1, f"mfu={self.mfu} must be above 0 and at most 1")
 
 
@@ -62,9 +68,13 @@ def main(argv: list[str] | None = None) -> None:
     mesh = planning.abstract_mesh(config.mesh, config.devices)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=mesh.shape["data"]))
     run, records = read_run(config)
+    if config.margin == -1:
+        rough = config.experts.way == "parallel" and device.platform == "tpu"
+        config = dataclasses.replace(config, margin=ROUGH if rough else USUAL)
     room = (1 - config.margin) * device.memory
     with jax.sharding.use_abstract_mesh(mesh):
         needs = planning.memory(run, device.platform)
+        saved = planning.checkpoint_bytes(run)
     work, counts = planning.work(run, records), planning.parameters(run)
     hours = work.hours(device, mesh.size, config.mfu)
     name, most = planning.peak(needs)
@@ -81,12 +91,21 @@ def main(argv: list[str] | None = None) -> None:
         "flops": work.flops,
         "mfu": config.mfu,
         "hours": hours,
+        "checkpoint": checkpoint(config, saved, hours),
         "levers": [{"setting": lever.setting, "bytes": lever.total} for lever in path],
     }
     print(table(plan, config))
     if config.json:
         config.json.write_text(json.dumps(plan, indent=2) + "\n")
     require(fits, refusal(plan), planning.PlanError)
+
+
+def checkpoint(config: PlanConfig, saved: int, hours: dict[str, float]) -> dict:
+    """What saving the run asks of the disk: bytes, seconds, bytes a second."""
+    held = config.checkpoint.keep + config.checkpoint.keep_best + 1  # an old one goes when the new one is whole
+    every = planning.checkpoint_seconds(config, hours)
+    takes = saved / (config.disk * GB) if config.disk else None
+    return {"bytes": saved, "held": held, "every": every, "rate": saved / every, "takes": takes}
 
 
 def read_run(config: PlanConfig) -> tuple[Run, int]:
@@ -141,6 +160,10 @@ def table(plan: dict, config: PlanConfig) -> str:
     lines += [
         f"  {said}: the {peak['step']} step needs {peak['bytes'] / GB:.3f} of {peak['usable'] / GB:.1f} GB "
         f"({config.margin:.0%} kept free)",
+    ]
+    if config.experts.way == "parallel" and device.platform == "tpu":
+        lines.append("  rough: of separate experts on TPU, the one run that was compared took 33% more than planned")
+    lines += [
         "",
         f"{'phase':<12} {'tokens':>14} {'FLOPs':>9} {'hours':>9}  at an assumed MFU of {plan['mfu']:.0%}",
     ]
@@ -152,6 +175,19 @@ def table(plan: dict, config: PlanConfig) -> str:
         f"  {'in all':<10} {sum(plan['tokens'].values()):14,} {sum(plan['flops'].values()):9.2e} {total:9.2f}  "
         f"= {total * plan['devices']:.1f} device hours"
     )
+    saving = plan["checkpoint"]
+    lines += [
+        "",
+        f"checkpoint   {saving['bytes'] / GB:.1f} GB each, {saving['held']} on the disk at once while one is written: "
+        f"{saving['held'] * saving['bytes'] / GB:.1f} GB",
+        f"  one every {saving['every'] / 60:.1f} min needs a disk that takes {saving['rate'] / GB:.3f} GB/s",
+    ]
+    if saving["takes"] is not None:
+        late = saving["takes"] > saving["every"]
+        lines.append(
+            f"  at {config.disk:g} GB/s it takes {saving['takes'] / 60:.1f} min"
+            + (": training waits for it; raise checkpoint.minutes" if late else "")
+        )
     return "\n".join(lines)
 
 

@@ -8,35 +8,16 @@ Letters beside those of `layers`: S slots of the pool, I items (layer * pages + 
 of a page, Q = 3R rows of a page, M tokens, W words of 32 experts.
 """
 
-import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from readme_jax.sharding import REPLICATED
+from readme_jax.models import expert_kernels
+from readme_jax.models.expert_kernels import WORD, Pages, keep
 
-WORD = 32
-TILE = 256  # tokens that the kernel keeps beside a page
 PAGED = ("w_gate", "w_up", "w_down", "b_gate", "b_up")  # parameters of a layer that pages hold
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Pages:
-    """What the FFN of every layer reads.
-
-    pool_SQD: the pages on the device. member_IWR: uint32, bit e % 32 of word e // 32 is set when expert e has the
-    channel; one item more than there are, all zero, for the padding of lists. bias_I2R: biases of gate and up in the
-    pages' order, None for families without.
-    """
-
-    pool_SQD: jax.Array
-    member_IWR: jax.Array
-    bias_I2R: jax.Array | None = None
 
 
 def member_bits(touch_IER: np.ndarray) -> np.ndarray:
@@ -78,14 +59,6 @@ def membership(table_LEC: np.ndarray, order_LR: np.ndarray, page: int) -> np.nda
     return member_LER.reshape(layers, experts, -1, page).transpose(0, 2, 1, 3).reshape(-1, experts, page)
 
 
-def _keep(member_WR: jax.Array, expert_M1: jax.Array) -> jax.Array:
-    """bool [M, R]: the token's expert has the channel of a page's row."""
-    word_MR = member_WR[:1]
-    for w in range(1, member_WR.shape[0]):
-        word_MR = jnp.where(expert_M1 // WORD == w, member_WR[w : w + 1], word_MR)
-    return (word_MR >> (expert_M1 % WORD).astype(jnp.uint32)) & 1 != 0
-
-
 def block_pages(tokens: int) -> int:
     """Pages that the portable path takes at a time, by what was measured on CPU (docs/LOG.md)."""
     return 1 if tokens <= 8 else 16
@@ -118,7 +91,8 @@ def portable(
             wide_MG2R += pages.bias_I2R[item_G].astype(x_MD.dtype)
         h_MGR = jax.nn.silu(wide_MG2R[:, :, 0]) * wide_MG2R[:, :, 1]
         member_WC = pages.member_IWR[item_G].transpose(1, 0, 2).reshape(-1, group * rows)
-        h_MC = jnp.where(_keep(member_WC, expert_M[:, None]), h_MGR.reshape(m, -1), 0)
+        member_W1C = [member_WC[w : w + 1] for w in range(len(member_WC))]
+        h_MC = jnp.where(keep(member_W1C, expert_M[:, None]), h_MGR.reshape(m, -1), 0)
         return y_MD + jnp.matmul(h_MC, take(slot_G, 2 * rows, rows), preferred_element_type=jnp.float32)
 
     spare = -slot_N.shape[0] % group
@@ -127,100 +101,16 @@ def portable(
     return y_MD.astype(x_MD.dtype)
 
 
-def _kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, bias_ref, expert_ref, out_ref):
-    """One page for one tile of tokens: page n of the list is fetched while page n - 1 is computed."""
-    del slot_N, item_N  # the index maps read them
-    n, rows = pl.program_id(1), pool_ref.shape[1] // 3
-
-    @pl.when(n == 0)
-    def _():
-        out_ref[...] = jnp.zeros_like(out_ref)
-
-    @pl.when(n < count_1[0])
-    def _():
-        def product(first: int) -> jax.Array:
-            w_RD = pool_ref[0, first : first + rows, :]
-            return jax.lax.dot_general(x_MD, w_RD, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
-
-        x_MD = x_ref[...]
-        gate_MR, up_MR = product(0), product(rows)
-        if bias_ref is not None:
-            gate_MR += bias_ref[0, :1, :].astype(jnp.float32)
-            up_MR += bias_ref[0, 1:, :].astype(jnp.float32)
-        h_MR = gate_MR * jax.nn.sigmoid(gate_MR) * up_MR
-        h_MR = jnp.where(_keep(member_ref[0], expert_ref[...]), h_MR, 0.0).astype(x_MD.dtype)
-        w_RD = pool_ref[0, 2 * rows :, :]
-        out_ref[...] += jnp.dot(h_MR, w_RD, preferred_element_type=jnp.float32)
-
-
-def kernel(
-    x_MD: jax.Array,
-    pages: Pages,
-    slot_N: jax.Array,
-    item_N: jax.Array,
-    count: jax.Array,
-    expert_M: jax.Array,
-    *,
-    interpret: bool = False,
-) -> jax.Array:
-    """`ffn` as a Pallas kernel for TPU: the list is known before the kernel runs, so pages stream in one after another.
-
-    Past `count` the list's last page is named again, which fetches nothing.
-    """
-    (m, d), (_, q, _), (_, words, rows) = x_MD.shape, pages.pool_SQD.shape, pages.member_IWR.shape
-    tile = min(TILE, -(-m // 16) * 16)
-    spare = -m % tile
-    x_MD, expert_M1 = jnp.pad(x_MD, ((0, spare), (0, 0))), jnp.pad(expert_M, (0, spare))[:, None]
-
-    def last(n, count_1):
-        return jnp.maximum(jnp.minimum(n, count_1[0] - 1), 0)
-
-    def tokens(i, n, slot_N, item_N, count_1):
-        return i, 0
-
-    def slot(i, n, slot_N, item_N, count_1):
-        return slot_N[last(n, count_1)], 0, 0
-
-    def item(i, n, slot_N, item_N, count_1):
-        return item_N[last(n, count_1)], 0, 0
-
-    biased = pages.bias_I2R is not None
-    in_specs = [
-        pl.BlockSpec((tile, d), tokens),
-        pl.BlockSpec((1, q, d), slot),
-        pl.BlockSpec((1, words, rows), item),
-        pl.BlockSpec((1, 2, rows), item) if biased else None,
-        pl.BlockSpec((tile, 1), tokens),
-    ]
-    run = pl.pallas_call(
-        _kernel if biased else _unbiased,
-        out_shape=jax.ShapeDtypeStruct(x_MD.shape, jnp.float32),
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=3,
-            grid=(x_MD.shape[0] // tile, slot_N.shape[0]),
-            in_specs=[spec for spec in in_specs if spec is not None],
-            out_specs=pl.BlockSpec((tile, d), tokens),
-        ),
-        interpret=interpret,
-        name="expert_pages",
-    )
-    # by hand over the mesh's one device: with Explicit axes a kernel's buffers have no types
-    run = jax.shard_map(run, in_specs=REPLICATED, out_specs=REPLICATED, check_vma=False)
-    inputs = (x_MD, pages.pool_SQD, pages.member_IWR, *((pages.bias_I2R,) if biased else ()), expert_M1)
-    return run(slot_N, item_N, count[None], *inputs)[:m].astype(x_MD.dtype)
-
-
-def _unbiased(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, expert_ref, out_ref):
-    _kernel(slot_N, item_N, count_1, x_ref, pool_ref, member_ref, None, expert_ref, out_ref)
-
-
 def ffn(
     x_MD: jax.Array, pages: Pages, slot_N: jax.Array, item_N: jax.Array, count: jax.Array, expert_M: jax.Array
 ) -> jax.Array:
     """[M, D]: sum over the first `count` listed pages of the channels that each token's expert has.
 
     slot_N, item_N: int32, where each page lies and which one it is; what stands past `count` is ignored. expert_M:
-    int32 expert of each token. Without the bias of down, which is not a page's. A Pallas kernel on TPU, plain JAX
-    elsewhere.
+    int32 expert of each token. Without the bias of down, which is not a page's. Pallas kernels on TPU and on NVIDIA
+    GPUs, plain JAX elsewhere.
     """
-    return jax.lax.platform_dependent(x_MD, pages, slot_N, item_N, count, expert_M, tpu=kernel, default=portable)
+    ways = {"tpu": expert_kernels.tpu, "default": portable}
+    if expert_kernels.triton is not None:
+        ways["cuda"] = expert_kernels.gpu
+    return jax.lax.platform_dependent(x_MD, pages, slot_N, item_N, count, expert_M, **ways)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from readme_jax import hf
 from readme_jax.config import require
 from readme_jax.models import expert_pages, paged
+from readme_jax.models.expert_kernels import row_major
 from readme_jax.models.expert_pages import Pages
 from readme_jax.models.paged import Cache, Rows
 from readme_jax.serving import sampling, segments
@@ -117,8 +118,9 @@ class Runner:
         pool_SQD = np.zeros((self.slots, 3 * bank.page, cfg.embed), self.dtype)
         bias_I2R = expert_pages.host_biases(layers, bank.order_LR, bank.page) if cfg.mlp_bias else None
         member_IER = expert_pages.membership(table_LEC, bank.order_LR, bank.page)
-        put = self._put
-        self._pages = Pages(put(pool_SQD), put(expert_pages.member_bits(member_IER)), put(bias_I2R))
+        pages = Pages(pool_SQD, expert_pages.member_bits(member_IER), bias_I2R)  # pyright: ignore
+        put, self._rows = self._put, row_major(self._place)
+        self._pages = jax.device_put(pages, self._rows)
         self._top = put({name: w for name, w in params.items() if name != "layers"})
         self._layers = [put(paged.layer_weights(cfg, layers, index, self.dtype)) for index in range(cfg.layer)]
         self._windows = put(np.array(cfg.windows, np.int32)) if any(cfg.windows) else None
@@ -227,7 +229,8 @@ class Runner:
                 jobs, "compile", unit="program", disable=not progress or None
             ):
                 if key not in self._programs:
-                    lowered = jax.jit(function, donate_argnums=donated).lower(*arguments)
+                    out = self._rows if key[0] == "insert" else None
+                    lowered = jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*arguments)
                     self._programs[key] = lowered.compile()
         runner = self
 
