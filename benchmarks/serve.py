@@ -132,8 +132,8 @@ def compare(engine: Engine, exported, dense, asked: list[list[int]], tokens: int
         run(model, asked[:1], 4)
     for turn in range(repeats):
         for name, (run, model) in ways.items():
-            engine.parts.pool.forget_cached()  # no prefix of an earlier turn
-            engine.parts.router_pool.forget_cached()
+            for pool in (*engine.parts.pools, *engine.parts.router_pools):
+                pool.forget_cached()  # no prefix of an earlier turn
             speed, rows[name] = rate(run, model, asked, tokens)
             rates[name].append(speed)
             print(f"  turn {turn}: {name} {speed:.1f} tokens/s", file=sys.stderr)

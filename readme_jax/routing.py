@@ -151,13 +151,15 @@ def exchange(
     peers: int = 1,
     rows: int | None = None,
     compiled: Sequence[int] = (),
+    real_ABT: np.ndarray | None = None,
 ) -> Exchange:
     """The plan of `parallel` experts for a batch of host expert ids, the same for all layers; nothing is dropped.
 
     Batch rows lie on the devices of (data, expert) in order, and device x of the `expert` axis holds experts
     x * E / X to (x + 1) * E / X - 1. `rows` asks for at least this rung of the ladder. Of the sizes `compiled`
-    (ascending) the first that suffices is taken, and where none does the ladder's. ConfigError when the experts are no
-    multiple of `peers`, the batch none of data * peers, or an id is no expert.
+    (ascending) the first that suffices is taken, and where none does the ladder's. real_ABT: bool, tokens that there
+    are; the others go nowhere and get zeros (None: all are). ConfigError when the experts are no multiple of `peers`,
+    the batch none of data * peers, or an id is no expert.
     """
     a, b, t = expert_ABT.shape
     check_split(experts, peers)
@@ -165,10 +167,12 @@ def exchange(
     require(0 <= low and high < experts, f"expert ids {low}..{high} must lie in 0..{experts - 1}")
     n, m, local = a * data * peers, b * t // (data * peers), experts // peers
     # ids of 8 or 16 bits: NumPy sorts those by radix
-    id_NM = expert_ABT.reshape(n, -1).astype(np.uint8 if experts <= 256 else np.uint16)
+    id_NM = expert_ABT.reshape(n, -1).astype(np.uint8 if experts < 256 else np.uint16)
+    if real_ABT is not None:
+        id_NM = np.where(real_ABT.reshape(n, -1), id_NM, id_NM.dtype.type(experts))  # behind all others
     order_NM = np.argsort(id_NM, axis=-1, kind="stable").astype(np.int32)
-    flat_NM = id_NM + np.arange(0, n * experts, experts, dtype=np.int32)[:, None]
-    count_NE = np.bincount(flat_NM.ravel(), minlength=n * experts).astype(np.int32).reshape(n, experts)
+    flat_NM = id_NM + np.arange(0, n * (experts + 1), experts + 1, dtype=np.int32)[:, None]
+    count_NE = np.bincount(flat_NM.ravel(), minlength=n * (experts + 1)).astype(np.int32).reshape(n, -1)[:, :-1]
     pair_NX = count_NE.reshape(n, peers, local).sum(-1, dtype=np.int32)
     need = max(int(pair_NX.max()), rows or 0)
     size = next(size for size in (*compiled, *ladder(m, peers)) if size >= need)
@@ -176,11 +180,15 @@ def exchange(
     # ---- a token of rank r among those sorted by expert takes row r - (first rank of its device) of its device's rows
     device_N = np.arange(n, dtype=np.int32)
     shift_NX = size * np.arange(peers, dtype=np.int32) - _before(pair_NX)
-    slot_NM = np.repeat(shift_NX.ravel(), pair_NX.ravel()).reshape(n, m) + np.arange(m, dtype=np.int32)
+    going_N = pair_NX.sum(-1, dtype=np.int32)
+    sender = np.repeat(device_N, going_N)
+    rank = np.arange(len(sender), dtype=np.int32) - np.repeat(_before(going_N), going_N)
+    slot = np.repeat(shift_NX.ravel(), pair_NX.ravel()) + rank
+    token = order_NM[sender, rank]
     send_NQ = np.full((n, peers * size), m, np.int32)
-    send_NQ[device_N[:, None], slot_NM] = order_NM
-    place_NM = np.empty((n, m), np.int32)
-    place_NM[device_N[:, None], order_NM] = slot_NM
+    send_NQ[sender, slot] = token
+    place_NM = np.full((n, m), peers * size, np.int32)
+    place_NM[sender, token] = slot
     sent = (send_NQ.reshape(shapes.send_AGXS), place_NM.reshape(shapes.place_ABT))
     if shapes.group_AGPR is None:
         return Exchange(*sent)
@@ -193,7 +201,7 @@ def exchange(
     blocks_NE = -(-count_NE // r)
     start_NEX = r * _before(blocks_NE)[:, :, None] + _before(count_NEX)
     count_Z = count_NEX.ravel()
-    within = np.arange(n * m, dtype=np.int32) - np.repeat(_before(count_Z), count_Z)
+    within = np.arange(len(sender), dtype=np.int32) - np.repeat(_before(count_Z), count_Z)
     source, target = (np.repeat(first.ravel(), count_Z) + within for first in (first_NEX, start_NEX))
     owner = np.repeat(device_N, count_NE.sum(-1))
     group_NW = np.full((n, p * r), peers * size, np.int32)

@@ -87,7 +87,7 @@ def serve(engine, requests, rng, cancel=0.03):
 def check_empty(engine):
     parts = engine.parts
     assert not engine._of and not engine._flying and parts.scheduler.unfinished == 0 and not parts._cached
-    for pool in (parts.pool, parts.router_pool):
+    for pool in (*parts.pools, *parts.router_pools):
         assert pool.available == pool.pages
     assert parts.transfers.pending == 0 and parts.transfers._room == engine.options.ahead
 

@@ -47,7 +47,7 @@ def check_empty(engine):
     parts = engine.parts
     assert engine.unfinished == 0 and not engine._of and not engine._flying
     assert parts.scheduler.unfinished == 0 and parts.scheduler.flying == 0 and not parts._cached and not parts._routing
-    for pool in (parts.pool, parts.router_pool):
+    for pool in (*parts.pools, *parts.router_pools):
         assert pool.available == pool.pages
     assert parts.transfers.pending == 0 and parts.transfers._room == engine.options.ahead
 
@@ -133,8 +133,8 @@ def test_one_expert_without_a_router(tmp_path):
         out = engine.generate([[5, 6, 7]], SamplingParams(max_new_tokens=5))[0]
         assert out.tokens == expected([5, 6, 7], 5) and out.choices[0].reason == "length"
         assert out.choices[0].usage.experts == {0: 3 + 5 - 1}
-        pool = engine.parts.pool
-        assert pool.available == pool.pages and engine.parts.router_pool is None
+        (pool,) = engine.parts.pools
+        assert pool.available == pool.pages and engine.parts.router_pools == []
 
 
 def test_every_request_moves_on_though_router_pages_are_few(model):

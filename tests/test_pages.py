@@ -47,6 +47,15 @@ def test_no_digest_is_shared_between_pools_of_other_contents():
     assert len(set(digests)) == len(digests) == 5
 
 
+def test_pages_of_a_second_device_have_ids_of_their_own():
+    pool = PagePool(4, 2, first=4)
+    held, digests, _ = computed(pool, [1, 2, 3, 4, 5])
+    assert sorted(held) == [4, 5, 6] and [pool.users(page) for page in held] == [1, 1, 1]
+    assert pool.known(digests) == 4 and pool.known([b"other", *digests]) == 0 and pool.known([]) == 0
+    pool.release(held)
+    assert pool.grow(held, 8) and sorted(held) == [4, 5, 6, 7] and not pool.grow(held, 9)
+
+
 def test_the_oldest_cached_page_goes_first_and_a_prefix_outlives_its_end():
     pool = PagePool(4, 1)
     old, _, _ = computed(pool, [1, 2])

@@ -141,6 +141,34 @@ def test_every_token_reaches_its_expert_and_comes_back(local, data, peers, micro
         assert (np.stack([r[rows] for r, rows in zip(back, place_GM)]) == mark_GM2).all()
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    local=st.integers(1, 3), peers=st.integers(1, 4), data=st.integers(1, 2), length=st.integers(1, 9),
+    share=st.floats(0, 1), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_tokens_that_are_not_there_go_nowhere(local, peers, data, length, share, seed):
+    """The others are planned as a batch of theirs alone: each arrives in a row of its expert, and comes back."""
+    rng, experts = np.random.default_rng(seed), local * peers
+    expert_ABT = rng.integers(0, experts, (1, data * peers, length)).astype(np.int32)
+    real_ABT = rng.random(expert_ABT.shape) < share
+    plan = exchange(expert_ABT, experts, data=data, peers=peers, compiled=(2, length), real_ABT=real_ABT)
+    send_GXS, place_GT = plan.send_AGXS[0], plan.place_ABT[0]
+    for g, (expert_T, real_T) in enumerate(zip(expert_ABT[0], real_ABT[0])):
+        sent_Q, peer_Q = send_GXS[g].ravel(), np.repeat(np.arange(peers), send_GXS.shape[-1])
+        going_Q = sent_Q < length
+        assert sorted(sent_Q[going_Q]) == np.flatnonzero(real_T).tolist() and (sent_Q[~going_Q] == length).all()
+        assert (peer_Q[going_Q] == expert_T[sent_Q[going_Q]] // local).all()
+        assert (place_GT[g][~real_T] == len(sent_Q)).all()
+        assert (sent_Q[place_GT[g][real_T]] == np.flatnonzero(real_T)).all()
+    if local > 1:
+        source_GW = plan.group_AGPR[0].reshape(len(send_GXS), -1)
+        rows = len(send_GXS[0].ravel())
+        assert (source_GW < rows).sum() == real_ABT.sum() == (plan.ungroup_AGXS < source_GW.shape[1]).sum()
+        if real_ABT.all():
+            alone = exchange(expert_ABT, experts, data=data, peers=peers, compiled=(2, length))
+            assert all((a == b).all() for a, b in zip(plan, alone))
+
+
 def test_more_experts_than_fit_a_byte():
     expert_ABT = np.random.default_rng(0).integers(0, 600, (1, 4, 50)).astype(np.int32)
     plan = exchange(expert_ABT, 600, peers=4)

@@ -241,6 +241,54 @@ def test_the_youngest_loses_its_pages_and_comes_back_in_its_old_place():
     assert s.pool.available == 6 and s.preemptions == young.preempted >= 1
 
 
+def test_room_is_made_on_the_device_that_lacks_it():
+    """Two devices: who needs pages on one does not take them from the other, however young those are there."""
+    pools = [PagePool(6, 2, reuse=False, first=6 * x) for x in range(2)]
+    s = Scheduler("fcfs", Limits(batch_requests=4, batch_tokens=64, chunk=16), pools)
+    made = [request([0] * 4, new=6, arrival=float(i)) for i in range(5)]
+    for r, device in zip(made, (0, 0, 1, 1, 1)):
+        r.device = device
+        s.add(r)
+    while s.unfinished:
+        complete(s, s.schedule())
+        for r in made:
+            assert all(page // 6 == r.device for page in r.pages)
+            assert len(r.pages) <= 6
+        ids = [page for r in made for page in r.pages]
+        assert len(ids) == len(set(ids))
+    assert [r.generated for r in made] == [6] * 5 and made[0].preempted == made[2].preempted == 0
+    assert s.preemptions > 0 and [pool.available for pool in pools] == [6, 6]
+
+
+def test_who_is_admitted_finds_room_on_his_own_device():
+    pools = [PagePool(5, 2, reuse=False, first=5 * x) for x in range(2)]
+    s = Scheduler("fcfs", Limits(batch_requests=4, batch_tokens=64, chunk=16), pools)
+    made = [request([0] * 8, new=2, arrival=float(i)) for i in range(4)]
+    for r, device in zip(made, (0, 1, 1, 0)):
+        r.device = device
+        s.add(r)
+    batch = s.schedule()
+    assert [work.request for work in batch.works] == s.live == made[:2] and s.waiting == 2
+    complete(s, batch)
+    while s.unfinished:
+        complete(s, s.schedule())
+    assert s.preemptions == 0 and [pool.available for pool in pools] == [5, 5]
+
+
+def test_a_full_device_does_not_take_from_another():
+    pools = [PagePool(4, 2, reuse=False, first=4 * x) for x in range(2)]
+    s = Scheduler("fcfs", Limits(batch_requests=4, batch_tokens=64, chunk=16), pools)
+    old, young = request([0] * 6, new=3), request([0] * 6, new=3, arrival=1.0)
+    young.device = 1
+    for r in (old, young):
+        s.add(r)
+    while s.unfinished:
+        complete(s, s.schedule())
+    assert s.preemptions == 0 and old.generated == young.generated == 3
+    with pytest.raises(DataError, match="need 5 KV pages; there are 4"):
+        s.add(request([0] * 8, new=2))
+
+
 def test_a_request_in_flight_keeps_its_pages():
     s = scheduler(pages=3, page_tokens=2, reuse=False, batch_requests=1)
     old, young = request([0] * 2, new=3, arrival=1.0), request([0] * 1, new=2, arrival=2.0)

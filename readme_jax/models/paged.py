@@ -177,6 +177,26 @@ def _add(cfg: ModelConfig, weights: Params, x_BTD: jax.Array, y_BTNH: jax.Array)
     return x_BTD + weights["b_down"] if cfg.mlp_bias else x_BTD, normed_BTD
 
 
+def mix(
+    cfg: ModelConfig,
+    weights: Params,
+    cache: Cache,
+    x_BTD: jax.Array,
+    rows: Rows,
+    window: jax.Array | None,
+    *,
+    page: int,
+) -> tuple[tuple[jax.Array, jax.Array], Cache]:
+    """Attention of one layer: (the residual after it, its norm for the FFN), and the cache."""
+    with jax.named_scope("attention"):
+        rope = rope_tables(rows.position_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+        q, k, v = _project(cfg, weights, x_BTD, rope)
+        cache = write(cache, rows.write_BT, k, v)
+        scale = cfg.head_dim**-0.5
+        y_BTNH = attention(q, cache, rows.table_BW, rows.position_BT, window, page=page, scale=scale)
+        return _add(cfg, weights, x_BTD, y_BTNH), cache
+
+
 def layer(
     cfg: ModelConfig,
     weights: Params,
@@ -229,6 +249,18 @@ def logits(cfg: ModelConfig, params: Params, x_BD: jax.Array) -> jax.Array:
     return jnp.einsum("bd,vd->bv", x_BD, w_VD.astype(x_BD.dtype), preferred_element_type=jnp.float32)
 
 
+def router_attention(
+    cfg: RouterConfig, q, k, v, index: jax.Array, cache: Cache, rows: Rows, *, page: int
+) -> tuple[jax.Array, Cache]:
+    """Layer `index` of the router's attention; the cache as in `route`."""
+    slots = (cache.k_SJ.shape[0] - page) // cfg.layers
+    scrap = rows.write_BT >= slots
+    at_BT = jnp.where(scrap, cache.k_SJ.shape[0] - 1, rows.write_BT + index * slots)
+    cache = write(cache, at_BT, k, v)
+    table_BW, scale = rows.table_BW + index * (slots // page), router.ATTENTION_SCALE
+    return attention(q, cache, table_BW, rows.position_BT, None, page=page, scale=scale), cache
+
+
 def route(
     cfg: RouterConfig, params: Params, cache: Cache, rows: Rows, theta: float, *, page: int
 ) -> tuple[jax.Array, Cache]:
@@ -236,23 +268,11 @@ def route(
 
     The cache holds the router's layers one after another, without scrap, and one scrap page.
     """
-    slots = (cache.k_SJ.shape[0] - page) // cfg.layers
-    scrap = rows.write_BT >= slots
 
     def attend(q, k, v, index, cache):
         place = jax.typeof(q).sharding.spec
         q, k, v = jax.reshard((q, k, v), REPLICATED)
-        at_BT = jnp.where(scrap, cache.k_SJ.shape[0] - 1, rows.write_BT + index * slots)
-        cache = write(cache, at_BT, k, v)
-        y_BTNH = attention(
-            q,
-            cache,
-            rows.table_BW + index * (slots // page),
-            rows.position_BT,
-            None,
-            page=page,
-            scale=router.ATTENTION_SCALE,
-        )
+        y_BTNH, cache = router_attention(cfg, q, k, v, index, cache, rows, page=page)
         return jax.reshard(y_BTNH, place), cache
 
     logits_BTE, cache = router.trunk(cfg, params, rows.ids_BT, rows.position_BT, theta, attend, cache)

@@ -34,7 +34,8 @@ class Parallel:
     taken off by the step.
 
     send_GXS: token (0..M-1) in each row a device sends to each peer, M in an empty row.
-    place_BT: row (0..X*S-1) in which a token leaves its device, and in which its result comes back.
+    place_BT: row (0..X*S-1) in which a token leaves its device, and in which its result comes back; X*S for a token
+    that goes nowhere.
     The last three are None where a device holds one expert. group_GPR: received row in each row of each block of R
     rows, X*S in an empty row; the rows of a block belong to one expert, the blocks lie in the order of the experts.
     ungroup_GXS: the inverse, P*R for an empty row. blocks_GE: blocks of each of the device's experts.

@@ -61,7 +61,7 @@ class _Growing:
 
 
 class Engine:
-    """Serves one carved model on one device.
+    """Serves one carved model on one device, or with its experts spread over several (`mesh_expert`).
 
     model: folder, hub name or a loaded `api.Model`. options: those of `EngineOptions`, by name. Programs are compiled
     when the engine is made (progress: with a bar), none afterwards. recorder: is told of every step and request.

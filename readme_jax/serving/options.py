@@ -52,6 +52,9 @@ class EngineOptions:
     """Batches ahead that the scheduler is asked for, for the eviction to see."""
     ahead: int = 4
     """Staged loads that may wait on the device; they take memory beside the budget."""
+    mesh_expert: int = 1
+    """Devices over which separate experts are spread, each with requests and keys and values of its own (`kv_memory`
+    and `router_memory` are of each); all experts stay there, so `expert_memory` must be 1.0x. 1: one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Dtype of weights, keys and values on the device."""
 

@@ -15,21 +15,22 @@ class PagePool:
     """`pages` pages of `page_tokens` tokens each. A page is in use (one user or more), cached, or empty.
 
     reuse: whether full pages are found again by their tokens. salt: what else the contents depend on, so that equal
-    digests mean equal contents where pools of several models exist side by side. A page whose last user goes stays
+    digests mean equal contents where pools of several models exist side by side. first: id of the first page, so that
+    pages of several devices have ids of their own. A page whose last user goes stays
     readable (cached) until its room is needed; the one unused for longest goes first. ConfigError for sizes below 1.
     """
 
-    def __init__(self, pages: int, page_tokens: int, *, reuse: bool = True, salt: bytes = b""):
+    def __init__(self, pages: int, page_tokens: int, *, reuse: bool = True, salt: bytes = b"", first: int = 0):
         require(pages >= 1, f"pages={pages} must be at least 1")
         require(page_tokens >= 1, f"page_tokens={page_tokens} must be at least 1")
         self.pages, self.page_tokens, self.reuse = pages, page_tokens, reuse
         self.reused_tokens = 0  # read from pages found by digest, over all requests
         self.evictions = 0  # cached pages given up for room
         self._root = hashlib.blake2b(b"kv %d " % page_tokens + salt, digest_size=16).digest()
-        self._users = [0] * pages
-        self._digest: list[bytes | None] = [None] * pages
+        self._users = [0] * (first + pages)
+        self._digest: list[bytes | None] = [None] * (first + pages)
         self._page_of: dict[bytes, int] = {}
-        self._empty = list(range(pages - 1, -1, -1))
+        self._empty = list(range(first + pages - 1, first - 1, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
 
     @property
@@ -70,6 +71,11 @@ class PagePool:
             found += 1
         self.reused_tokens += found * self.page_tokens
         return found
+
+    def known(self, digests: list[bytes]) -> int:
+        """How many tokens of the pages with these digests, from the first on, `share` would find."""
+        found = next((i for i, digest in enumerate(digests) if digest not in self._page_of), len(digests))
+        return found * self.page_tokens
 
     def lacking(self, held: list[int], tokens: int) -> int:
         """Pages that `held` is short of to hold this many tokens."""

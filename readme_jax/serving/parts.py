@@ -11,7 +11,9 @@ import numpy as np
 
 from readme_jax import api
 from readme_jax.config import DataError, require
+from readme_jax.serving import mesh_runner
 from readme_jax.serving.bank import Bank
+from readme_jax.serving.mesh_runner import MeshRunner
 from readme_jax.serving.options import EngineOptions, memory_bytes
 from readme_jax.serving.outputs import Counters
 from readme_jax.serving.pages import PagePool
@@ -46,19 +48,28 @@ class Parts:
             separate=carved.storage == "separate",
         )  # fmt: skip
         self._budget = memory_bytes(options.expert_memory, "expert_memory", whole=self.bank.total_bytes)
+        if options.mesh_expert > 1:
+            mesh_runner.check(model.folder, self.bank, options.mesh_expert)
+            whole, given = self.bank.total_bytes, f"expert_memory={options.expert_memory!r}"
+            rule = f"{given}: with mesh_expert={options.mesh_expert} all experts stay on the devices: 1.0x"
+            require(self._budget >= whole, f"{rule}, {whole} bytes in all")
         slots = self.bank.slots(self._budget, options.mode)
         kv_pages = self._pages("kv_memory", 2 * cfg.layer * cfg.kv_head * cfg.head_dim * dtype.itemsize)
         router_pages = 0 if router is None else self._pages("router_memory", 8 * router.layers * router.width)
         self._kv_pages = kv_pages, router_pages
         self._limits = Limits(**{f.name: getattr(options, f.name) for f in dataclasses.fields(Limits)})
         self._cost = Cost(
-            read_bytes=lambda experts: self.bank.need_count(experts) * self.bank.page_bytes,
+            read_bytes=self._read_bytes,
             fixed_bytes=4 * cfg.layer * cfg.embed * cfg.head * cfg.head_dim * dtype.itemsize,  # attention's weights
         )
-        self.runner = Runner(
-            model.folder, self.bank, slots=slots, kv_pages=kv_pages, kv_page=options.kv_page, context=self.context,
-            router_pages=router_pages, limits=self._limits, dtype=options.dtype, load_sizes=LOAD_SIZES,
+        shape: dict[str, Any] = dict(
+            kv_pages=kv_pages, kv_page=options.kv_page, context=self.context, router_pages=router_pages,
+            limits=self._limits, dtype=options.dtype,
         )  # fmt: skip
+        if options.mesh_expert > 1:
+            self.runner = MeshRunner(model.folder, self.bank, devices=options.mesh_expert, **shape)
+        else:
+            self.runner = Runner(model.folder, self.bank, slots=slots, load_sizes=LOAD_SIZES, **shape)
         self.runner.compile(progress)
         self.begin(options, recorder)
 
@@ -68,22 +79,35 @@ class Parts:
         self.residency = Residency(
             self.bank, self._budget, policy=options.residency, mode=options.mode, record=recorder is not None
         )
-        kv_pages, router_pages = self._kv_pages
-        self.pool = PagePool(kv_pages, options.kv_page)
-        self.router_pool = PagePool(router_pages, options.kv_page) if router_pages else None
+        devices, (kv_pages, router_pages) = range(options.mesh_expert), self._kv_pages
+        if len(devices) > 1:
+            self.residency.fill()
+        self.pools = [PagePool(kv_pages, options.kv_page, first=x * kv_pages) for x in devices]
+        self.router_pools = [
+            PagePool(router_pages, options.kv_page, first=x * router_pages) for x in devices if router_pages
+        ]
+        self._asked = [0] * len(devices)  # tokens that the requests of each device may come to
         limits = dataclasses.replace(self._limits, max_wait=options.max_wait)
-        self.scheduler = Scheduler(options.schedule, limits, self.pool, self._cost)
+        self.scheduler = Scheduler(options.schedule, limits, self.pools, self._cost)
         rows = HostRows(self.runner.host_weights, self.bank.order_LR, self.bank.page)
         self.transfers = Transfers(
             rows, self.runner.device, sizes=LOAD_SIZES, ahead=options.ahead, sent=recorder and recorder.sent
         )
         self.stop = weakref.finalize(self, self.transfers.close)  # called for an engine that nobody closes, too
-        self._expert_of = np.zeros((router_pages, options.kv_page), np.int16)  # of the tokens in router pages
+        shape = len(devices) * router_pages, options.kv_page
+        self._expert_of = np.zeros(shape, np.int16)  # of the tokens in router pages
         self._unrouted: collections.deque[Request] = collections.deque()
         self._routing: list[tuple[Request, int, Any]] = []
         self._route_told = 0.0  # seconds of routing that steps before have been given
         self._busy_since: float | None = None  # when the first of the batches on the device was sent there
         self._cached: dict[Request, int | None] = {}  # of requests that have arrived: prompt tokens found in pages
+
+    def _read_bytes(self, experts: frozenset[int]) -> int:
+        """Bytes of pages that a step with these experts reads, on the device that reads most."""
+        sets, many = [experts], self.bank.experts // self.options.mesh_expert
+        if self.options.mesh_expert > 1:
+            sets = [[e for e in experts if e // many == x] for x in range(self.options.mesh_expert)]
+        return max(map(self.bank.need_count, sets)) * self.bank.page_bytes
 
     def _pages(self, name: str, token_bytes: int) -> int:
         """Pages of keys and values that the option `name` has room for."""
@@ -96,20 +120,29 @@ class Parts:
 
     def check_room(self, tokens: int) -> None:
         """DataError when a request of so many tokens, prompt and output, fits into no pages at all."""
-        for name, pool in (("kv_memory", self.pool), ("router_memory", self.router_pool)):
-            if pool is not None:
+        for name, pools in (("kv_memory", self.pools), ("router_memory", self.router_pools)):
+            for pool in pools[:1]:  # all are alike
                 need, value = pool.pages_for(tokens), getattr(self.options, name)
                 message = f"a request of {tokens} tokens needs {need} pages; {name}={value!r} holds {pool.pages}"
                 require(need <= pool.pages, message, DataError)
 
     def arrive(self, request: Request) -> None:
         """A request is here: it is routed with the next step."""
-        if self.router_pool is None:
+        if not self.router_pools:
             request.experts = [0] * len(request.tokens)
+        self._pin(request)
         self.scheduler.add(request)
         self._cached[request] = None
-        if self.router_pool is not None:
+        if self.router_pools:
             self._unrouted.append(request)
+
+    def _pin(self, request: Request) -> None:
+        """Its device for life: where its pages and those that others there may come to are fewest, without the pages
+        of its prefix that lie there."""
+        self.pools[0].digest(request.tokens, request.digests)
+        room = [-asked + pool.known(request.digests) for asked, pool in zip(self._asked, self.pools)]
+        request.device = room.index(max(room))
+        self._asked[request.device] += len(request.prompt) + request.sampling.max_new_tokens
 
     def leave(self, request: Request, reason: Reason) -> int:
         """It has ended, or is to; the prompt tokens that it found in pages. On the device it is run to its end."""
@@ -118,9 +151,10 @@ class Parts:
             request.state, request.reason = "finished", reason
             return 0
         self.scheduler.finish(request, reason)
-        if self.router_pool is not None:
+        self._asked[request.device] -= len(request.prompt) + request.sampling.max_new_tokens
+        if self.router_pools:
             # calls that still write to these pages were made before those of whoever gets them next
-            self.router_pool.release(request.router_pages)
+            self.router_pools[request.device].release(request.router_pages)
         return self._cached.pop(request) or 0
 
     # ---- pre-gating -------------------------------------------------------------------------------
@@ -150,8 +184,7 @@ class Parts:
 
     def _reserve(self, request: Request) -> bool:
         """Router pages for all that the request may come to, those of a known prefix with their experts among them."""
-        pool, page, held = self.router_pool, self.options.kv_page, request.router_pages
-        assert pool is not None
+        pool, page, held = self.router_pools[request.device], self.options.kv_page, request.router_pages
         pool.share(held, request.digests, len(request.tokens) // page)
         request.experts = self._expert_of[held].ravel().tolist()
         if pool.grow(held, len(request.tokens) + request.sampling.max_new_tokens):
@@ -162,16 +195,16 @@ class Parts:
 
     def _routed(self) -> None:
         """Experts of the prompts sent to the router before."""
-        pool, page = self.router_pool, self.options.kv_page
+        page = self.options.kv_page
         for request, first, handle in self._routing:
             experts = self.runner.fetch_experts(handle)
             self.counters.routed += len(experts)
             if request.state == "finished":
                 continue
             request.experts += experts
-            assert pool is not None
             place_T = np.arange(first, first + len(experts))
             self._expert_of[np.array(request.router_pages)[place_T // page], place_T % page] = experts
+            pool = self.router_pools[request.device]
             pool.seal(request.router_pages, request.digests, first, len(request.tokens))
             self.scheduler.routed(request)
         self._routing.clear()
@@ -219,6 +252,7 @@ class Parts:
         def before_pass(index: int) -> None:
             # After every call that reads what the slots held, before the first that reads what they get.
             for load in loads.get(index, ()):
+                assert not isinstance(self.runner, MeshRunner), "all pages are there"
                 self.runner.insert(load.slots, self.transfers.take(load))
 
         stall = self.transfers.moved.stall_s
@@ -262,14 +296,15 @@ class Parts:
         """Hand the results of a batch to the scheduler; the requests that got a token."""
         pairs = [None if result is None else (result.token, result.expert) for result in results]
         got = self.scheduler.complete(batch, pairs, now)
-        page, pool = self.options.kv_page, self.router_pool
+        page = self.options.kv_page
         self.counters.generated += len(got)
-        if pool is None:
+        if not self.router_pools:
             return got
         for request in got:
             place = len(request.tokens) - 1
             self._expert_of[request.router_pages[place // page], place % page] = request.experts[-1]
             if len(request.tokens) % page == 0:
+                pool = self.router_pools[request.device]
                 pool.seal(request.router_pages, request.digests, place, place + 1)
         return got
 
@@ -289,9 +324,9 @@ class Parts:
             "tokens_run": counters.tokens,
             "tokens_generated": counters.generated,
             "tokens_routed_on_arrival": counters.routed,
-            "tokens_from_prefix": self.pool.reused_tokens,
-            "kv_pages": self.pool.pages,
-            "kv_pages_used": self.pool.pages - self.pool.available,
+            "tokens_from_prefix": sum([pool.reused_tokens for pool in self.pools]),
+            "kv_pages": sum([pool.pages for pool in self.pools]),
+            "kv_pages_used": sum([pool.pages - pool.available for pool in self.pools]),
             "expert_pages": self.bank.total,
             "expert_slots": self.residency.slots,
             "expert_page_bytes": self.bank.page_bytes,

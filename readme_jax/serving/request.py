@@ -77,10 +77,10 @@ class Request:
     tokens: prompt and output ids known so far. experts: expert of each known token, as many as have been routed.
     computed: tokens whose keys and values lie in the backbone's pages; tokens[computed:] is the work left: one token
     when decoding, more when prefilling (also again, after a preemption). flying: tokens of a batch that is on the
-    device, whose result is not known yet. pages, router_pages: ids of KV pages, in order of position. digests: of the
-    full pages of `tokens`. since: number of the batch that could have taken it first; passed_over: batches that could
-    have taken it and did not, over its whole life. Times (arrival, started: first batch formed with it, first_token,
-    last_token) in seconds of the engine's clock.
+    device, whose result is not known yet. pages, router_pages: ids of KV pages, in order of position, all of `device`,
+    a number. digests: of the full pages of `tokens`. since: number of the batch that could have taken it first;
+    passed_over: batches that could have taken it and did not, over its whole life. Times (arrival, started: first batch
+    formed with it, first_token, last_token) in seconds of the engine's clock.
     """
 
     prompt: list[int]
@@ -96,6 +96,7 @@ class Request:
     flying: int = 0
     pages: list[int] = dataclasses.field(default_factory=list)
     router_pages: list[int] = dataclasses.field(default_factory=list)
+    device: int = 0
     digests: list[bytes] = dataclasses.field(default_factory=list)
     started: float | None = None
     first_token: float | None = None

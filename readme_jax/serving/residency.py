@@ -153,6 +153,14 @@ class Residency:
         """`missing`, in bytes."""
         return self.missing(experts) * self.bank.page_bytes
 
+    def fill(self) -> None:
+        """All pages are in the pool from the start and no load is counted: it must have a slot for each."""
+        assert self.slots >= self.bank.total, "a pool that holds all pages"
+        self.plan(frozenset(range(self.bank.experts)))
+        self.counters = Counters()
+        if self.accesses is not None:
+            self.accesses.clear()
+
     # ---- the plan -----------------------------------------------------------------------------
 
     def plan(

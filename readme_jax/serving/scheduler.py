@@ -30,14 +30,17 @@ class Scheduler:
 
     A request is unrouted (its experts are not all known), waiting, or live: one of at most `limits.max_live` between
     which batches are chosen. The waiting become live in order of arrival, when there are pages for their known tokens.
-    When pages run out the youngest live request is sent back to wait and loses its pages. Counters: `number` batches
+    When pages run out the youngest live request is sent back to wait and loses its pages. pool: of one device, or one
+    pool for each: a request's pages are all on its `device`, and room for it is made there. Counters: `number` batches
     formed, `preemptions`, and `waits`, by how many batches each work had been passed over.
     """
 
-    def __init__(self, policy: Policy, limits: Limits, pool: PagePool, cost: Cost | None = None):
+    def __init__(self, policy: Policy, limits: Limits, pool: PagePool | Sequence[PagePool], cost: Cost | None = None):
         require(policy in POLICIES, f"policy={policy!r} is not one of {', '.join(get_args(Policy))}")
         require(policy != "expert-aware" or cost is not None, "policy=expert-aware needs a cost")
-        self.policy, self.limits, self.pool, self.cost = policy, limits, pool, cost
+        self.policy, self.limits, self.cost = policy, limits, cost
+        self.pools = [pool] if isinstance(pool, PagePool) else list(pool)
+        self.pool = self.pools[0]
         self.live: list[Request] = []  # by age
         self.waits: Counter[int] = Counter()
         self.number = self.preemptions = 0
@@ -71,10 +74,11 @@ class Scheduler:
         If not all its tokens are routed yet, call `routed` when they are.
         """
         longest = len(request.tokens) + request.sampling.max_new_tokens - 1
-        need, pages = self.pool.pages_for(longest), self.pool.pages
+        pool = self.pools[request.device]
+        need, pages = pool.pages_for(longest), pool.pages
         message = f"prompt of {len(request.prompt)} tokens and max_new_tokens={request.sampling.max_new_tokens} need"
         require(need <= pages, f"{message} {need} KV pages; there are {pages}", DataError)
-        self.pool.digest(request.tokens, request.digests)
+        pool.digest(request.tokens, request.digests)
         if len(request.experts) == len(request.tokens):
             self._wait(request)
         else:
@@ -104,7 +108,7 @@ class Scheduler:
         self._chunks.pop(request, None)
         request.state, request.reason = "finished", reason
         if not request.flying:
-            self.pool.release(request.pages)
+            self.pools[request.device].release(request.pages)
 
     def schedule(self, now: float = 0.0, missing_bytes: MissingBytes | None = None) -> Batch | None:
         """The next batch; None if nothing can run before another batch is completed or a request is added.
@@ -146,21 +150,22 @@ class Scheduler:
         size = self.pool.page_tokens
         for work, result in zip(batch.works, sampled, strict=True):
             request = work.request
+            pool = self.pools[request.device]
             request.flying -= work.count
             if request.state == "finished":
                 if not request.flying:
-                    self.pool.release(request.pages)
+                    pool.release(request.pages)
                 continue
             start = request.computed
             request.computed = end = start + work.count
             if start // size != end // size:
-                self.pool.seal(request.pages, request.digests, start, end)
+                pool.seal(request.pages, request.digests, start, end)
             if work.samples:
                 assert result is not None, "a work that samples has a token and its expert"
                 request.tokens.append(result[0])
                 request.experts.append(result[1])
                 if len(request.tokens) % size == 0:
-                    self.pool.digest(request.tokens, request.digests)
+                    pool.digest(request.tokens, request.digests)
                 if request.first_token is None:
                     request.first_token = now
                 request.last_token = now
@@ -221,21 +226,25 @@ class Scheduler:
             waiting.popleft()
         if not waiting or len(self.live) >= self.limits.max_live:
             return
-        pool = self.pool
-        room = pool.available - sum([pool.lacking(r.pages, len(r.tokens)) for r in self.live]) - len(self.live)
+        room, count = [pool.available for pool in self.pools], [0] * len(self.pools)
+        for r in self.live:
+            room[r.device] -= self.pool.lacking(r.pages, len(r.tokens)) + 1
+            count[r.device] += 1
         while waiting and len(self.live) < self.limits.max_live:
             request = waiting[0]
             if request.state != "finished":
+                device, pool = request.device, self.pools[request.device]
                 before = pool.available
                 self._share(request)
-                room -= before - pool.available
+                room[device] -= before - pool.available
                 lacking = pool.lacking(request.pages, len(request.tokens))
-                if lacking > room and self.live:
+                if lacking > room[device] and count[device]:
                     pool.reused_tokens -= request.computed
                     request.computed = 0
                     pool.release(request.pages)
                     return
-                room -= lacking + 1
+                room[device] -= lacking + 1
+                count[device] += 1
                 request.state, request.since = "running", self.number
                 bisect.insort(self.live, request, key=age)
                 self._waiting_count -= 1
@@ -251,7 +260,7 @@ class Scheduler:
 
     def _share(self, request: Request) -> None:
         """Take over pages of the same prefix; one token at least is left to compute."""
-        pool = self.pool
+        pool = self.pools[request.device]
         found = pool.share(request.pages, request.digests, (len(request.tokens) - 1) // pool.page_tokens)
         request.computed += found * pool.page_tokens
 
@@ -260,15 +269,16 @@ class Scheduler:
     def _grant(self, view: View, draft: Draft, request: Request, end: int, urgent: bool) -> bool:
         """Pages for the tokens before `end`.
 
-        If there are too few, requests younger than this one lose theirs, the youngest first, as long as they are
+        If there are too few, younger requests of its device lose theirs, the youngest first, as long as they are
         neither on the device nor in this batch. One that holds no pages yet waits instead, unless it is urgent.
         """
-        pool, place = self.pool, len(self.live) - 1
+        pool, place = self.pools[request.device], len(self.live) - 1
         if end <= len(request.pages) * pool.page_tokens:
             return True
         while pool.lacking(request.pages, end) > pool.available:
             while place >= 0 and (victim := self.live[place]) is not request:
-                if victim.pages and not victim.flying and victim not in draft.taken:
+                here = victim.device == request.device
+                if here and victim.pages and not victim.flying and victim not in draft.taken:
                     break
                 place -= 1
             else:
@@ -281,7 +291,7 @@ class Scheduler:
         return pool.grow(request.pages, end)
 
     def _preempt(self, request: Request) -> None:
-        self.pool.release(request.pages)
+        self.pools[request.device].release(request.pages)
         self.live.remove(request)
         request.computed, request.state = 0, "waiting"
         request.preempted += 1
