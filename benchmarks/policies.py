@@ -248,6 +248,7 @@ def main() -> None:
         batch, live = HEADLINE
         figures = {
             "bytes_ratio": sections["bytes"][f"{batch},{live}"]["bytes_ratio"],
+            "bytes_ratio_worst": min(cell["bytes_ratio"] for cell in sections["bytes"].values()),
             "mean_ratio": sections["latency"]["ours"]["mean_ratio"],
             "p95_ratio": sections["latency"]["ours"]["p95_ratio"],
             **WORST,

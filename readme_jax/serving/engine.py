@@ -92,6 +92,7 @@ class Engine:
         self._news: list[Update] = []
         self._followed: set[int] = set()  # whose news are for a stream
         self._closed, self._stuck = False, 0
+        self._broken: str | None = None  # what stopped it in the middle of a step
 
     # ---- what a user calls ------------------------------------------------------------------------
 
@@ -121,8 +122,7 @@ class Engine:
                 if on_update is not None:
                     on_update(update)
         except BaseException:
-            for i in growing:
-                self.cancel(i)
+            self._abandon(set(growing))
             raise
         made = [one.done() for one in growing.values()]
         return made[0] if single else made
@@ -138,7 +138,13 @@ class Engine:
         try:
             yield from self._follow({number})
         finally:
+            self._abandon({number})
+
+    def _abandon(self, ids: set[int]) -> None:
+        """Cancel what is left of these requests, and their news: nobody waits for them."""
+        for number in ids:
             self.cancel(number)
+        self._news = [update for update in self._news if update.id not in ids]
 
     def add_request(
         self,
@@ -156,7 +162,8 @@ class Engine:
     def step(self) -> list[Update]:
         """Go one step on; the news since the last call, but for those that a `stream` or `generate` waits for.
 
-        Call it while `unfinished`. Raises what went wrong in the thread of the transfers; the engine is of no use then.
+        Call it while `unfinished`. Raises what went wrong in the thread of the transfers. What stops a step, Ctrl-C
+        too, leaves pages half loaded: the engine then refuses all work until `restart`.
         """
         self._advance()
         news = [update for update in self._news if update.id not in self._followed]
@@ -166,7 +173,7 @@ class Engine:
     def cancel(self, number: int) -> bool:
         """End a request where it is; False when there is none, or no longer. Its last news come with the next step."""
         asked = self._asked.get(number)
-        if asked is None:
+        if asked is None or self._broken is not None:
             return False
         for request, stream in [*asked.open.items()]:
             self._end(request, "cancelled", Update(number, request.choice, stream.finish(), ()))
@@ -183,20 +190,28 @@ class Engine:
 
     def restart(self, *, recorder: Recorder | None = None, **changes: Any) -> None:
         """Begin anew, with other policies on the same device memory and programs: what is left is cancelled, pages are
-        empty, counters at zero. changes: of the options schedule, residency, mode, max_wait, lookahead and ahead."""
+        empty, counters at zero. changes: of the options schedule, residency, mode, max_wait, lookahead and ahead. What
+        is refused changes nothing. An engine that an error stopped works again."""
         for name in changes:
             good = name in ("schedule", "residency", "mode", "max_wait", "lookahead", "ahead")
             require(good, f"{name}: cannot change while the programs stay; make another Engine")
-        self.options = dataclasses.replace(self.options, **changes)
+        require(not self._closed, "the engine is closed")
+        options = dataclasses.replace(self.options, **changes)
+        self.parts.check(options)
         self._stop()
-        self.recorder = recorder
+        self.options, self.recorder, self._broken, self._stuck = options, recorder, None, 0
         self.parts.begin(self.options, recorder)
 
     def _stop(self) -> None:
-        for number in [*self._asked]:
-            self.cancel(number)
-        while self._flying:
-            self._land()
+        if self._broken is None:
+            for number in [*self._asked]:
+                self.cancel(number)
+            while self._flying:
+                self._land()
+        else:
+            self._news.clear()
+        for left in (self._asked, self._of, self._flying):
+            left.clear()
         self.parts.stop()
 
     def close(self) -> None:
@@ -216,7 +231,7 @@ class Engine:
 
     def _check(self, prompt: Prompt, sampling: SamplingParams, chat: bool) -> list[int]:
         """Token ids of a prompt that can be served."""
-        require(not self._closed, "the engine is closed")
+        self._ready()
         require(isinstance(sampling, SamplingParams), f"sampling must be SamplingParams, got {type(sampling).__name__}")
         if isinstance(prompt, str):
             ids = self.model.encode(prompt, chat)
@@ -259,8 +274,22 @@ class Engine:
 
     # ---- a step -----------------------------------------------------------------------------------
 
+    def _ready(self) -> None:
+        require(not self._closed, "the engine is closed")
+        if self._broken is not None:
+            raise RuntimeError(f"the engine stopped in the middle of a step ({self._broken}); restart() begins anew")
+
     def _advance(self) -> None:
-        start, parts = self.clock(), self.parts
+        """One step. Whatever ends it early leaves plan and device apart, so that nothing may follow."""
+        self._ready()
+        try:
+            self._advance_once()
+        except BaseException as error:
+            self._broken = f"{type(error).__name__}: {error}".removesuffix(": ")
+            raise
+
+    def _advance_once(self) -> None:
+        start, parts, news = time.perf_counter(), self.parts, len(self._news)
         parts.route(idle=not self._flying)
         launched = False
         # A second batch goes out before the first is back only if there is more than enough for it: half batches that
@@ -269,11 +298,12 @@ class Engine:
             launched = self._launch()
         if self._flying and (not launched or len(self._flying) == DEPTH or not parts.full()):
             self._land()
-        stuck = self._of and not launched and not self._flying and not parts.waiting and not self._news
+        quiet = not launched and not self._flying and not parts.waiting and len(self._news) == news
+        stuck = self._of and quiet
         self._stuck = self._stuck + 1 if stuck else 0
         if self._stuck > 2:  # must not be: rather an error than a loop that never ends
             raise RuntimeError(f"{len(self._asked)} requests wait and none can run")
-        parts.counters.step_s += self.clock() - start
+        parts.counters.step_s += time.perf_counter() - start
 
     def _launch(self) -> bool:
         """Choose a batch and send it to the device; False when nothing can run now."""

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import time
 import types
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -236,10 +237,11 @@ class MeshRunner:
             ):
                 if key not in self._programs:
                     self._programs[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-        runner = self
+        whose = weakref.ref(self)  # an engine that is dropped takes its weights with it
 
         def count(event: str, duration_secs: float, **_: str | int) -> None:
-            runner.compiles += event == COMPILED
+            if (runner := whose()) is not None:
+                runner.compiles += event == COMPILED
 
         self._count = count
         jax.monitoring.register_event_duration_secs_listener(count)

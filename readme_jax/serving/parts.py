@@ -73,9 +73,15 @@ class Parts:
         self.runner.compile(progress)
         self.begin(options, recorder)
 
+    def check(self, options: EngineOptions) -> None:
+        """ConfigError unless `begin` can take these options."""
+        self.bank.slots(self._budget, options.mode)
+        dataclasses.replace(self._limits, max_wait=options.max_wait)
+
     def begin(self, options: EngineOptions, recorder: Recorder | None) -> None:
         """Begin with nothing: no requests, empty pages, counters at zero. options: of the same sizes as before."""
         self.options, self.recorder, self.counters = options, recorder, Counters()
+        self.runner.device_s, self.runner.bytes_read = 0.0, 0
         self.residency = Residency(
             self.bank, self._budget, policy=options.residency, mode=options.mode, record=recorder is not None
         )
@@ -250,16 +256,22 @@ class Parts:
                     loads[index] = self.transfers.issue(items, slots)
 
         def before_pass(index: int) -> None:
+            self._sent_off()  # what the step takes has been made: the device begins
             # After every call that reads what the slots held, before the first that reads what they get.
             for load in loads.get(index, ()):
                 assert not isinstance(self.runner, MeshRunner), "all pages are there"
                 self.runner.insert(load.slots, self.transfers.take(load))
 
         stall = self.transfers.moved.stall_s
-        self._busy_since = time.perf_counter() if self._busy_since is None else self._busy_since
         handle = self.runner.step(batch, plan, before_pass)
+        self._sent_off()
         seen = self._count(batch, counts, plan, before) | {"stall": self.transfers.moved.stall_s - stall}
         return batch, handle, seen
+
+    def _sent_off(self) -> None:
+        """From now on the device has work, if it had none."""
+        if self._busy_since is None:
+            self._busy_since = time.perf_counter()
 
     def land(self, handle: Any) -> list[Score | None]:
         """Results of the oldest batch on the device, for each work: None where it samples nothing. Waits for them."""
@@ -334,7 +346,6 @@ class Parts:
             "bytes_loaded": moved.bytes,
             "bytes_prefetch": moved.prefetch_bytes,
             "bytes_demand": moved.demand_bytes,
-            "bytes_wasted": 0,  # pages are loaded for batches that are chosen, and those are run
             "evictions": pages.evictions,
             "waves": pages.waves,
             "stall_s": moved.stall_s,

@@ -8,6 +8,7 @@ knows a request's past: a step reads what it needs of its requests when it is en
 import contextlib
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -232,10 +233,11 @@ class Runner:
                     out = self._rows if key[0] == "insert" else None
                     lowered = jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*arguments)
                     self._programs[key] = lowered.compile()
-        runner = self
+        whose = weakref.ref(self)  # an engine that is dropped takes its weights with it
 
         def count(event: str, _: float, **__) -> None:
-            runner.compiles += event == COMPILED
+            if (runner := whose()) is not None:
+                runner.compiles += event == COMPILED
 
         self._count = count
         jax.monitoring.register_event_duration_secs_listener(count)
