@@ -48,7 +48,8 @@ def load_sharded(
         shape = entry.shape if seen is None else seen.shape[1 if entry.count else 0 :]
         kind = stored_dtype(reader, entry, dtype)
         set_leaf(tree, entry.path, _place(reader, entry, shape, _leaf(specs, entry.path), kind))
-    return tree, *_moe(reader, table(cfg, experts, router), router_specs, dtype)
+    own = None if dtype is None else np.float32  # the router's, as `hf.load_params` has it
+    return tree, *_moe(reader, table(cfg, experts, router), router_specs, own)
 
 
 def load_router(
