@@ -1,6 +1,6 @@
 """Tokens per second of the engine beside Hugging Face `generate` in PyTorch, on the same machine in the same run.
 
-    python benchmarks/serve.py --model runs/tuned --data runs/data --json serve.json
+    python benchmarks/serve.py --model runs/tuned --dense runs/dense --data runs/data --json serve.json
 
 1, 8 and 32 requests at once, all there from the beginning, greedy, each with a prompt of held-out text and an output of
 `--tokens` tokens; rates are output tokens over the time until the last one, prefill included. Hugging Face gets them in

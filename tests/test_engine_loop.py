@@ -8,7 +8,7 @@ import served
 from fake_runner import VOCAB, FakeRunner, expected, expert_of
 
 from readme_jax import api
-from readme_jax.config import ConfigError
+from readme_jax.config import ConfigError, DataError
 from readme_jax.serving import parts
 from readme_jax.serving.engine import Engine
 from readme_jax.serving.options import RESIDENCIES, SCHEDULES
@@ -335,6 +335,8 @@ def test_a_refused_restart_changes_nothing(model):
 
 def test_news_that_nobody_waits_for_are_dropped(model):
     with Engine(model, **SMALL) as engine:
+        with pytest.raises(DataError, match="prompts must be a text or a list, got int"):
+            engine.generate(5)
         for _ in range(5):
             stream = engine.stream([3, 4, 5])
             next(stream)

@@ -110,6 +110,8 @@ class Engine:
         Requests added before go on meanwhile. DataError before any work for what cannot be served.
         """
         single = isinstance(prompts, str)
+        rule = f"prompts must be a text or a list, got {type(prompts).__name__}"
+        require(single or hasattr(prompts, "__iter__"), rule, DataError)
         items: list[Any] = [prompts] if isinstance(prompts, str) else list(prompts)
         require(bool(items), "no prompt given", DataError)
         many = list(sampling) if isinstance(sampling, Sequence) else [sampling or SamplingParams()] * len(items)
