@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from readme_jax import api, cli
+from readme_jax import api, artifacts, cli
 from readme_jax.config import DataError, require, to_dict
 from readme_jax.data import open_records
 from readme_jax.metrics import progress
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> None:
     config: BenchConfig = cli.parse(BenchConfig, argv, __doc__ or "", prog="readme-jax bench")
     model = api.load(config.model, weights=False)
     trace = read_requests(config, model)
+    if config.out is not None:
+        config.out.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the replay
     inputs, outputs = sum(len(one.prompt or ()) for one in trace), sum(one.output_tokens for one in trace)
     results: dict[str, dict[str, Any]] = {}
     latencies, curves, last = {}, {}, None
@@ -152,9 +154,8 @@ def write(config: BenchConfig, results, latencies, curves, outputs: int, last: t
     """bench.json, plots and routing.jsonl."""
     out = config.out
     assert out is not None
-    out.mkdir(parents=True, exist_ok=True)
     text = {"config": to_dict(config), "results": results, "memory_curves": curves}
-    (out / "bench.json").write_text(json.dumps(text, indent=1) + "\n")
+    artifacts.write_text(out / "bench.json", json.dumps(text, indent=1) + "\n")
     name, recorder, experts = last
     recorder.write_routing(out / "routing.jsonl", experts)
     plots.latency_cdf(out / "latency_cdf.png", latencies, "requests answered in time")

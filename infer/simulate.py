@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 from typing import Literal
 
-from readme_jax import cli
+from readme_jax import artifacts, cli
 from readme_jax.config import require, to_dict
 from readme_jax.metrics import progress
 from readme_jax.serving import machines, paper, plots, report, study, trace_files, traces
@@ -93,6 +93,10 @@ class SimulateConfig:
 def main(argv: list[str] | None = None) -> None:
     """Simulate once: print the table, write figures and pictures where asked to."""
     config: SimulateConfig = cli.parse(SimulateConfig, argv, __doc__ or "", prog="readme-jax simulate")
+    if config.json:
+        require(not config.json.is_dir(), f"json={config.json}: is a folder")
+    for folder in filter(None, (config.json and config.json.parent, config.plots)):
+        folder.mkdir(parents=True, exist_ok=True)  # what cannot be written is known before the runs
     machine = machines.find(config.machine, config.assumed)
     cases = {memory: case_of(config, memory) for memory in config.expert_memory}
     first = cases[config.expert_memory[0]]
@@ -121,7 +125,7 @@ def main(argv: list[str] | None = None) -> None:
         out["paper"] = paper.figures(first, config.serving, requests)
         print("\n" + paper.table(out["paper"]))
     if config.json:
-        config.json.write_text(json.dumps(out, indent=2) + "\n")
+        artifacts.write_text(config.json, json.dumps(out, indent=2) + "\n")
     if config.plots:
         draw(config, cases, results, latencies, shown)
         print(f"pictures: {config.plots}")
@@ -192,7 +196,6 @@ def draw(config: SimulateConfig, cases: dict, results: dict, latencies: dict, ru
     """Pictures of the comparison in config.plots."""
     folder, title = config.plots, f"{config.model} on {config.machine}"
     assert folder is not None
-    folder.mkdir(parents=True, exist_ok=True)
     plots.latency_cdf(folder / "latency.png", latencies, title)
     if len(cases) > 1:
         shares = [case.expert_memory / case.bank.total_bytes for case in cases.values()]

@@ -10,7 +10,7 @@ import tiny
 from readme_jax import hf
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
 from readme_jax.models import router
-from readme_jax.serving.runner import Runner
+from readme_jax.serving.request import SamplingParams
 
 LAYERS, EMBED, MLP = 4, 32, 64
 EXPERTS, CHANNELS = 5, 32
@@ -50,16 +50,17 @@ def write(folder: Path, *, storage: str = "tied", routed: bool = True, experts: 
 class Shared:
     """A runner that many engines use one after the other, so that its programs are compiled once.
 
-    Its pool has room for all pages, of which an engine's budget uses some. What earlier engines left in pool and pages
-    stays there, as in an engine that has served for long.
+    A pool of expert pages has room for all of them, of which an engine's budget uses some. What earlier engines left in
+    pool and pages stays there, as in an engine that has served for long.
     """
 
-    def __init__(self, **largest):
-        self._runner, self._largest = None, largest
+    def __init__(self, kind, **largest):
+        self._kind, self._runner, self._largest = kind, None, largest
 
     def __call__(self, folder, bank, **options):
         if self._runner is None:
-            self._runner = Runner(folder, bank, **options | self._largest | {"slots": bank.total})
+            options |= self._largest | ({"slots": bank.total} if "slots" in options else {})
+            self._runner = self._kind(folder, bank, **options)
             self._runner.compile(False)
         return self
 
@@ -75,3 +76,26 @@ class Shared:
     def end(self):
         if self._runner is not None:
             self._runner.close()
+
+
+def serve(engine, requests, rng, cancel=0.03):
+    """Serve them while they arrive, some cancelled; every token is the one that part 1 gives."""
+    ids, got, ended, todo = {}, {}, {}, list(requests)
+    while todo or engine.unfinished:
+        for _ in range(min(len(todo), int(rng.integers(0, 5)))):
+            one = todo.pop()
+            number = engine.add_request(one.prompt, SamplingParams(max_new_tokens=one.room))
+            ids[number], got[number] = one, []
+        if rng.random() < cancel and engine.unfinished:
+            engine.cancel(int(rng.choice([*engine._asked])))
+        for update in engine.step():
+            got[update.id] += update.tokens
+            if update.reason:
+                ended[update.id] = update.reason
+    assert ended.keys() == ids.keys()
+    for number, one in ids.items():
+        if ended[number] == "cancelled":
+            assert one.tokens[: len(got[number])] == got[number]
+        else:
+            assert got[number] == one.tokens, (number, one)
+    return list(ended.values())

@@ -22,7 +22,7 @@ ORDER = """
     generation api serving serving.request serving.pages serving.policies serving.scheduler
     serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
     serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
-    serving.sampling serving.segments serving.runner serving.mesh_segments serving.mesh_runner
+    serving.sampling serving.segments serving.programs serving.runner serving.mesh_segments serving.mesh_runner
     serving.text serving.outputs serving.transfers serving.recorder serving.parts serving.engine serving.replay
     export report_parts report_page report quickstart cli
 """.split()

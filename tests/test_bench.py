@@ -111,6 +111,13 @@ def test_bad_options(refused, folder, tmp_path):
     refused(["arrivals draws requests"], folder, "--trace", tmp_path / "x.csv", "--arrivals.rate", "3")
 
 
+def test_a_result_that_cannot_be_written(refused, folder, stages, tmp_path):
+    """Before the replay, not after it."""
+    (tmp_path / "taken").write_text("mine")
+    refused(["taken"], folder, "--out", tmp_path / "taken", "--data", stages.data)
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_bad_models(refused, stages):
     data = ["--data", stages.data]
     refused(["dense: a dense model has no experts to serve by"], stages.dense, *data)

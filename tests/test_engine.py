@@ -61,29 +61,6 @@ def requests(model):
     return made
 
 
-def serve(engine, requests, rng, cancel=0.03):
-    """Serve them while they arrive, some cancelled; every token is the one that part 1 gives."""
-    ids, got, ended, todo = {}, {}, {}, list(requests)
-    while todo or engine.unfinished:
-        for _ in range(min(len(todo), int(rng.integers(0, 5)))):
-            one = todo.pop()
-            number = engine.add_request(one.prompt, SamplingParams(max_new_tokens=one.room))
-            ids[number], got[number] = one, []
-        if rng.random() < cancel and engine.unfinished:
-            engine.cancel(int(rng.choice([*engine._asked])))
-        for update in engine.step():
-            got[update.id] += update.tokens
-            if update.reason:
-                ended[update.id] = update.reason
-    assert ended.keys() == ids.keys()
-    for number, one in ids.items():
-        if ended[number] == "cancelled":
-            assert one.tokens[: len(got[number])] == got[number]
-        else:
-            assert got[number] == one.tokens, (number, one)
-    return list(ended.values())
-
-
 def check_empty(engine):
     parts = engine.parts
     assert not engine._of and not engine._flying and parts.scheduler.unfinished == 0 and not parts._cached
@@ -95,7 +72,7 @@ def check_empty(engine):
 @pytest.fixture(scope="module")
 def shared(requests):
     """Made after the requests, whose generation compiles too."""
-    shared = served.Shared(limits=Limits(batch_requests=8, batch_tokens=32, chunk=32))
+    shared = served.Shared(Runner, limits=Limits(batch_requests=8, batch_tokens=32, chunk=32))
     yield shared
     shared.end()
 
@@ -116,7 +93,7 @@ def compare(folder, requests, place, seed):
     with Engine(folder, **options) as engine:
         before = engine.stats()["compiles_after_start"]
         with jax.transfer_guard("disallow"):
-            reasons = serve(engine, requests, np.random.default_rng(seed))
+            reasons = served.serve(engine, requests, np.random.default_rng(seed))
         stats = engine.stats()
         check_empty(engine)
     assert stats["compiles_after_start"] == before and stats["programs"] <= 24

@@ -27,28 +27,6 @@ OPTIONS = dict(
 )  # fmt: skip
 
 
-class Shared:
-    """A runner for many engines, one after the other."""
-
-    def __init__(self):
-        self._runner = None
-
-    def __call__(self, folder, bank, **options):
-        if self._runner is None:
-            self._runner = MeshRunner(folder, bank, **options)
-            self._runner.compile(False)
-        return self
-
-    def __getattr__(self, name):
-        return getattr(self._runner, name)
-
-    def compile(self, progress):
-        pass
-
-    def close(self):
-        pass
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return served.write(tmp_path_factory.mktemp("served"), storage="separate", experts=EXPERTS)
@@ -101,11 +79,10 @@ def requests(models):
 @pytest.fixture(scope="module")
 def shared(requests):
     """A runner a model. Made after the requests, whose generation compiles too."""
-    shared = {"mixed": Shared(), "skewed": Shared()}
+    shared = {name: served.Shared(MeshRunner) for name in ("mixed", "skewed")}
     yield shared
     for one in shared.values():
-        if one._runner is not None:
-            one._runner.close()
+        one.end()
 
 
 @pytest.fixture
@@ -114,29 +91,6 @@ def runner(folder, shared, monkeypatch):
     monkeypatch.setattr(parts, "MeshRunner", shared["mixed"])
     with Engine(folder, **OPTIONS):
         return shared["mixed"]._runner
-
-
-def serve(engine, requests, rng, cancel):
-    """Serve them while they arrive, some cancelled; every token is the one that part 1 gives."""
-    ids, got, ended, todo = {}, {}, {}, list(requests)
-    while todo or engine.unfinished:
-        for _ in range(min(len(todo), int(rng.integers(0, 6)))):
-            one = todo.pop()
-            number = engine.add_request(one.prompt, SamplingParams(max_new_tokens=one.room))
-            ids[number], got[number] = one, []
-        if rng.random() < cancel and engine.unfinished:
-            engine.cancel(int(rng.choice([*engine._asked])))
-        for update in engine.step():
-            got[update.id] += update.tokens
-            if update.reason:
-                ended[update.id] = update.reason
-    assert ended.keys() == ids.keys()
-    for number, one in ids.items():
-        if ended[number] == "cancelled":
-            assert one.tokens[: len(got[number])] == got[number]
-        else:
-            assert got[number] == one.tokens, (number, one)
-    return list(ended.values())
 
 
 def check_empty(engine):
@@ -159,7 +113,7 @@ def run(folder, shared, requests, monkeypatch, seed, cancel=0.05, **options):
 
         monkeypatch.setattr(engine.parts.runner, "step", watch, raising=False)
         with jax.transfer_guard("disallow"):
-            reasons = serve(engine, requests, np.random.default_rng(seed), cancel)
+            reasons = served.serve(engine, requests, np.random.default_rng(seed), cancel)
         stats = engine.stats()
         check_empty(engine)
     assert stats["compiles_after_start"] == before and stats["programs"] <= 24

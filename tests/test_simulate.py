@@ -301,6 +301,15 @@ def test_program_reads_routing_traces(tmp_path, capsys):
         program.main([*SMALL, "--routed", str(path), "--routing.experts", "4"])
 
 
+def test_program_refuses_what_it_could_not_write(tmp_path, monkeypatch):
+    monkeypatch.setattr(program.study, "run", lambda *_, **__: pytest.fail("it ran"))
+    (tmp_path / "taken").write_text("mine")
+    with pytest.raises(OSError, match="taken"):
+        program.main([*SMALL, "--plots", str(tmp_path / "taken")])
+    with pytest.raises(ReadMeError, match="json=.*: is a folder"):
+        program.main([*SMALL, "--json", str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

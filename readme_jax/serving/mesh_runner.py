@@ -8,11 +8,9 @@ Letters beside those of `models.parallel`: G = X devices times b rows, device by
 """
 
 import collections
-import contextlib
 import dataclasses
 import time
 import types
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from readme_jax import hf, routing
 from readme_jax.config import require
@@ -29,9 +26,9 @@ from readme_jax.models.paged import Cache, Rows
 from readme_jax.serving import mesh_segments, sampling, segments
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.policies import Limits
+from readme_jax.serving.programs import Job, Programs
 from readme_jax.serving.request import Batch, Request
 from readme_jax.serving.residency import StepPlan
-from readme_jax.serving.runner import COMPILED
 from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh, spec
 
 OWN = spec("batch")  # a part for each device
@@ -103,9 +100,9 @@ class MeshRunner:
         self.kv_page, self.context, self.dtype = kv_page, context, jnp.dtype(dtype)
         self._grid = mesh_segments.grid(limits, context, kv_page)
         self.kv_pages, self.router_pages = kv_pages, router_pages
-        self.bytes_read = self.compiles = 0
+        self.bytes_read = 0
         self.device_s = 0.0
-        self._programs: dict[Any, Any] = {}
+        self._programs = Programs()
         self._pieces: list[collections.deque[Piece]] = [collections.deque() for _ in range(devices)]
         self.device = self._mesh.devices.flat[0]
         self._load(params, router_params)
@@ -160,6 +157,11 @@ class MeshRunner:
         """Compiled programs."""
         return len(self._programs)
 
+    @property
+    def compiles(self) -> int:
+        """What JAX has compiled in this process after them, for whomever."""
+        return self._programs.compiles
+
     # ---- programs ---------------------------------------------------------------------------------
 
     def _own(self, function: Callable, split: Sequence[jax.P], result: Any = OWN) -> Callable:
@@ -206,9 +208,9 @@ class MeshRunner:
         logits_GTE, cache = router.trunk(cfg, params, rows.ids_BT, rows.position_BT, theta, attend, cache)
         return jnp.argmax(logits_GTE, -1).astype(jnp.int32), cache
 
-    def _jobs(self) -> list[tuple[Any, Callable, tuple, tuple[int, ...]]]:
-        """(key, function, arguments, donated) of every program."""
-        jobs: list[tuple[Any, Callable, tuple, tuple[int, ...]]] = []
+    def _jobs(self) -> list[Job]:
+        """Every program."""
+        jobs = []
         for b, t in self.shapes:
             x_GTD = self._start[b, t]
             rows, last_G = self._put((self._empty(b, t, self.kv_pages), np.zeros(self.devices * b, np.int32)), OWN)
@@ -217,40 +219,25 @@ class MeshRunner:
                 nobody = np.zeros((self.devices * b, t), np.int32)
                 route = self._exchange(nobody, nobody > 0, (size,))[1]
                 layer = (*own, route, self._windows, self._index[0])
-                jobs.append((("layer", b, t, size), self._layer_program, layer, (3,)))
+                jobs.append(Job(("layer", b, t, size), self._layer_program, layer, (3,)))
             if t > 1:
-                jobs.append((("last", t), self._last_program, (x_GTD, last_G), ()))
-                jobs.append((("route", t), self._route_program, (self._router, self._router_cache, rows), (1,)))
+                jobs.append(Job(("last", t), self._last_program, (x_GTD, last_G), ()))
+                jobs.append(Job(("route", t), self._route_program, (self._router, self._router_cache, rows), (1,)))
                 continue
             requests: list[Request | None] = [None] * (self.devices * b)
             draw, new = self._put((sampling.host_rows(requests), self._empty(b, 1, self.router_pages)), OWN)
             finish = (self._top, self._router, self._router_cache, x_GTD, draw, self._silent[b], new)
-            jobs.append((("finish", b), self._finish_program, finish, (2,)))
+            jobs.append(Job(("finish", b), self._finish_program, finish, (2,)))
         return jobs
 
     def compile(self, progress: bool = True) -> None:
-        """Compile every program ahead, with a bar on a terminal; then nothing is traced or compiled any more."""
+        """Compile every program ahead, with a bar on a terminal; see `Programs`."""
         with jax.set_mesh(self._mesh):
-            jobs = self._jobs()
-            for key, function, arguments, donated in tqdm(
-                jobs, "compile", unit="program", disable=not progress or None
-            ):
-                if key not in self._programs:
-                    self._programs[key] = jax.jit(function, donate_argnums=donated).lower(*arguments).compile()
-        whose = weakref.ref(self)  # an engine that is dropped takes its weights with it
-
-        def count(event: str, duration_secs: float, **_: str | int) -> None:
-            if (runner := whose()) is not None:
-                runner.compiles += event == COMPILED
-
-        self._count = count
-        jax.monitoring.register_event_duration_secs_listener(count)
+            self._programs.compile(self._jobs(), progress)
 
     def close(self) -> None:
         """Give the devices' memory back."""
-        if hasattr(self, "_count"):
-            with contextlib.suppress(AssertionError, ValueError):
-                jax.monitoring.unregister_event_duration_listener(self._count)
+        self._programs.close()
         for name in ("_experts", "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
             for array in jax.tree.leaves(self.__dict__.pop(name, None)):
                 array.delete()

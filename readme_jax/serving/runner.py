@@ -5,10 +5,8 @@ put into the pool while layer l runs, and a program for each shape of one layer 
 knows a request's past: a step reads what it needs of its requests when it is enqueued.
 """
 
-import contextlib
 import dataclasses
 import time
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from readme_jax import hf
 from readme_jax.config import require
@@ -27,11 +24,10 @@ from readme_jax.models.paged import Cache, Rows
 from readme_jax.serving import sampling, segments
 from readme_jax.serving.bank import Bank
 from readme_jax.serving.policies import Limits
+from readme_jax.serving.programs import Job, Programs
 from readme_jax.serving.request import Batch, Request
 from readme_jax.serving.residency import StepPlan
 from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh
-
-COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +99,9 @@ class Runner:
         self.load_sizes, self.slots = tuple(sorted(load_sizes)), slots
         self._grid = segments.grid(limits, context, kv_page)
         self.kv_slots, self.router_slots = kv_pages * kv_page, router_pages * kv_page
-        self.bytes_read = self.compiles = 0
+        self.bytes_read = 0
         self.device_s = 0.0
-        self._programs: dict[Any, Any] = {}
+        self._programs = Programs()
         self._mesh = make_mesh(MeshConfig(data=1))
         self._place = jax.NamedSharding(self._mesh, REPLICATED)
         self.device = self._mesh.devices.item()
@@ -155,6 +151,11 @@ class Runner:
         """Compiled programs."""
         return len(self._programs)
 
+    @property
+    def compiles(self) -> int:
+        """What JAX has compiled in this process after them, for whomever."""
+        return self._programs.compiles
+
     # ---- programs ---------------------------------------------------------------------------------
 
     def _layer_program(self, weights, embedding, cache, stream, rows, pages, which: _Pass, windows):
@@ -196,51 +197,33 @@ class Runner:
     def _insert_program(self, pool_SQD, new_MQD, slot_M):
         return pool_SQD.at[slot_M].set(new_MQD, mode="drop")
 
-    def _jobs(self) -> list[tuple[Any, Callable, tuple, tuple[int, ...]]]:
-        """(key, function, arguments, donated) of every program."""
+    def _jobs(self) -> list[Job]:
+        """Every program."""
         flat_2Z = np.zeros((2, self.bank.items + self.bank.pages), np.int32)
         which = self._put(_Pass(flat_2Z, np.zeros((self.cfg.layer, 4), np.int32), np.int32(0)))  # pyright: ignore
-        jobs: list[tuple[Any, Callable, tuple, tuple[int, ...]]] = []
+        jobs = []
         for b, t in self.shapes:
             rows, stream = self._put(segments.empty(self._grid, b, t, self.kv_slots)), self._start[b, t]
             layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
-            jobs.append((("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
+            jobs.append(Job(("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
             if t > 1:
-                jobs.append((("last", t), self._last_program, (stream[0], self._index[0]), ()))
+                jobs.append(Job(("last", t), self._last_program, (stream[0], self._index[0]), ()))
                 if self._router is not None:
-                    jobs.append((("route", t), self._route, (self._router, self._router_cache, rows), (1,)))
+                    jobs.append(Job(("route", t), self._route, (self._router, self._router_cache, rows), (1,)))
                 continue
             draw, new = self._put((sampling.host_rows([None] * b), segments.empty(self._grid, b, 1, self.router_slots)))
             finish = (self._top, self._router, self._router_cache, stream[0], draw, self._silent[b], new)
-            jobs.append((("finish", b), self._finish_program, finish, (2,)))
+            jobs.append(Job(("finish", b), self._finish_program, finish, (2,)))
         for size in self.load_sizes:
             pool_SQD = self._pages.pool_SQD
             new = self._put((np.zeros((size, *pool_SQD.shape[1:]), self.dtype), np.zeros(size, np.int32)))
-            jobs.append((("insert", size), self._insert_program, (pool_SQD, *new), (0,)))
+            jobs.append(Job(("insert", size), self._insert_program, (pool_SQD, *new), (0,), self._rows))
         return jobs
 
     def compile(self, progress: bool = True) -> None:
-        """Compile every program ahead, with a bar on a terminal; then nothing is traced or compiled any more.
-
-        Programs come from JAX's persistent cache where one is configured.
-        """
-        jobs = self._jobs()
+        """Compile every program ahead, with a bar on a terminal; see `Programs`."""
         with jax.set_mesh(self._mesh):
-            for key, function, arguments, donated in tqdm(
-                jobs, "compile", unit="program", disable=not progress or None
-            ):
-                if key not in self._programs:
-                    out = self._rows if key[0] == "insert" else None
-                    lowered = jax.jit(function, donate_argnums=donated, out_shardings=out).lower(*arguments)
-                    self._programs[key] = lowered.compile()
-        whose = weakref.ref(self)  # an engine that is dropped takes its weights with it
-
-        def count(event: str, _: float, **__) -> None:
-            if (runner := whose()) is not None:
-                runner.compiles += event == COMPILED
-
-        self._count = count
-        jax.monitoring.register_event_duration_secs_listener(count)
+            self._programs.compile(self._jobs(), progress)
 
     def router_s(self, rows: int = 1, times: int = 50) -> float:
         """Seconds of one router step of `rows` tokens alone, median: what pre-gating costs a decode step.
@@ -261,9 +244,7 @@ class Runner:
 
     def close(self) -> None:
         """Give the device memory back."""
-        if hasattr(self, "_count"):
-            with contextlib.suppress(AssertionError, ValueError):
-                jax.monitoring.unregister_event_duration_listener(self._count)
+        self._programs.close()
         for name in ("_pages", "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
             for array in jax.tree.leaves(self.__dict__.pop(name, None)):
                 array.delete()
