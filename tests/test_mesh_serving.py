@@ -291,8 +291,8 @@ def test_programs_lower_for_accelerators(runner, platform):
     """The largest of each kind; what there is no machine for is at least translated."""
     kinds = {}
     with jax.set_mesh(runner._mesh):
-        for key, function, arguments, _ in runner._jobs():
-            kinds[key[0]] = function, arguments
-        for name, (function, arguments) in kinds.items():
-            text = jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        for job in runner._jobs():
+            kinds[job.key[0]] = job
+        for name, job in kinds.items():
+            text = jax.jit(job.function).trace(*job.arguments).lower(lowering_platforms=(platform,)).as_text()
             assert text.count("stablehlo.all_to_all") == (2 if name == "layer" else 0)
