@@ -206,6 +206,19 @@ def to_separate(folder: Path, out: Path, *, progress: Progress = iter) -> None:
         _write(work.path, reader, cfg, experts, router, tied_LEC, rows_LF, separate_table(tied_LEC), progress)
 
 
+def recarve(folder: Path, out: Path, learned_LEC: np.ndarray, *, progress: Progress = iter) -> dict:
+    """Write the tied model of `folder` with other experts, int32 [L, E, C] of its own channel ids, into the folder
+    `out`: channels permuted anew, checked layer by layer as in `carve`; the router is copied. Returns figures."""
+    cfg, experts, router = hf.read_config(folder)
+    assert experts is not None
+    rows_LF = np.stack([permutation(experts_EC, cfg.mlp) for experts_EC in learned_LEC])
+    table_LEC = np.stack([relabel(experts_EC, rows_F) for experts_EC, rows_F in zip(learned_LEC, rows_LF)])
+    experts = dataclasses.replace(experts, carving="learned")
+    error = _write(out, hf.Reader(folder), cfg, experts, router, learned_LEC, rows_LF, table_LEC, progress)
+    figures = {"names": list(experts.names), "channels": experts.channels, "mlp": cfg.mlp, "error": error}
+    return figures | overlap_statistics(learned_LEC, cfg.mlp)
+
+
 def separate_table(experts_LEC: np.ndarray) -> np.ndarray:
     """int32 [L, E, C] of separate storage: expert e owns rows e * C to e * C + C - 1 in every layer."""
     own_EC = np.arange(experts_LEC[0].size, dtype=np.int32).reshape(experts_LEC.shape[1:])

@@ -21,6 +21,7 @@ STAGES = {
     "data": ("readme_jax.train.prepare", "text by domain, tokenised and packed into records"),
     "calibrate": ("readme_jax.train.calibrate", "activation statistics of the FFN channels by domain"),
     "carve": ("readme_jax.train.carve", "statistics into experts: a permuted model and its expert table"),
+    "masks": ("readme_jax.train.masks", "experts' channels learned with frozen weights"),
     "separate": ("readme_jax.train.separate", "tied experts into experts that own their rows"),
     "plan": ("readme_jax.train.plan", "what a run of alternate will need: memory, FLOPs, hours, and whether it fits"),
     "alternate": ("readme_jax.train.alternate", "train router and experts in turns"),

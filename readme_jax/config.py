@@ -159,7 +159,7 @@ class ExpertConfig:
     storage: Literal["tied", "separate"]
     names: tuple[str, ...]
     importance: Literal["mean_abs", "mean_abs_norm", "energy"]
-    carving: Literal["domain", "static"]
+    carving: Literal["domain", "static", "learned"]
 
     def __post_init__(self):
         require(self.experts >= 1, f"experts={self.experts} must be at least 1")

@@ -73,7 +73,8 @@ def decayed(params) -> dict:
         name = path[-1].key
         if name.startswith("w_") or name in ("embedding", "head"):
             return True
-        require(name.startswith("b_") or name.endswith("norm"), f"no weight-decay rule for the parameter {name}")
+        whole = name.startswith("b_") or name.endswith("norm") or name == "scores"  # those of `masks`
+        require(whole, f"no weight-decay rule for the parameter {name}")
         return False
 
     return jax.tree_util.tree_map_with_path(kind, params)

@@ -61,7 +61,7 @@ def join(tuned: Params, frozen: Params) -> Params:
     return {**frozen, **tuned, "layers": layers}
 
 
-def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, jax.Array]]:
+def accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, jax.Array]]:
     """float32 gradient of the weighted mean of loss_fn over microbatches [A, ...]; loss_fn gives (sum, (weight, sums)).
 
     It lies like the parameters at rest.
@@ -88,7 +88,8 @@ def _accumulate(loss_fn, params: Params, batch: Any) -> tuple[Params, dict[str, 
     return jax.tree.map(lambda g: g.astype(jnp.float32) / weight, grad), means
 
 
-def _update(phase: Phase, tx: optax.GradientTransformation, grad: Params) -> tuple[Phase, jax.Array]:
+def update(phase: Phase, tx: optax.GradientTransformation, grad: Params) -> tuple[Phase, jax.Array]:
+    """The phase after one optimizer step, and the gradient's global norm."""
     updates, opt_state = tx.update(grad, phase.opt_state, phase.params)
     return Phase(phase.step + 1, optax.apply_updates(phase.params, updates), opt_state), optax.global_norm(grad)
 
@@ -149,8 +150,8 @@ def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientT
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, batch: dict[str, jax.Array]):
-        grad, means = _accumulate(loss_fn, phase.params, batch)
-        phase, norm = _update(phase, tx, grad)
+        grad, means = accumulate(loss_fn, phase.params, batch)
+        phase, norm = update(phase, tx, grad)
         return phase, means | {"grad_norm": norm}
 
     return step
@@ -186,8 +187,8 @@ def make_expert_step(
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, frozen: Params, teacher: Params | None, table: ExpertTable, batch: dict[str, Any]):
-        grad, means = _accumulate(lambda p, m: loss_fn(p, frozen, teacher, table, m), phase.params, batch)
-        phase, norm = _update(phase, tx, grad)
+        grad, means = accumulate(lambda p, m: loss_fn(p, frozen, teacher, table, m), phase.params, batch)
+        phase, norm = update(phase, tx, grad)
         return phase, means | {"grad_norm": norm}
 
     return step

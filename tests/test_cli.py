@@ -146,6 +146,7 @@ def test_stages(monkeypatch, capsys):
         "data",
         "calibrate",
         "carve",
+        "masks",
         "separate",
         "plan",
         "alternate",

@@ -71,7 +71,7 @@ def make_table(table_LEC: np.ndarray, mlp: int) -> ExpertTable:
 
 def activate(x_BTD: jax.Array, layer, keep_BTF: jax.Array | None = None, rows: slice = slice(None)) -> jax.Array:
     """h = silu(x Wg) * (x Wu), the input of down_proj: [B, T, D] -> [B, T, F] (or the first U channels), 0 where
-    `keep_BTF` is False."""
+    `keep_BTF` is False. A float mask multiplies h, and gets a gradient (`masks.py`)."""
     (b, t, _), x_MD = x_BTD.shape, flat(x_BTD)
 
     def wide(name: str) -> jax.Array:
@@ -88,7 +88,9 @@ def activate(x_BTD: jax.Array, layer, keep_BTF: jax.Array | None = None, rows: s
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, keep_BTF: jax.Array | None) -> jax.Array:
     h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-    return h_BTF if keep_BTF is None else jnp.where(keep_BTF, h_BTF, 0)
+    if keep_BTF is None or keep_BTF.dtype == jnp.bool_:
+        return h_BTF if keep_BTF is None else jnp.where(keep_BTF, h_BTF, 0)
+    return h_BTF * keep_BTF.astype(h_BTF.dtype)  # a mask that is being learned
 
 
 def _down(h_BTF: jax.Array, layer, rows: slice = slice(None)) -> jax.Array:
