@@ -113,6 +113,20 @@ def straight_through(scores_LEF: jax.Array, channels: int) -> jax.Array:
     return scores_LEF + jax.lax.stop_gradient(mask_LEF - scores_LEF)
 
 
+def begin(scores_LEF: np.ndarray) -> Params:
+    """The parameters of scores, on the mesh: `scores`, and where there are several experts `common_scores` [L, 1, F],
+    which is added to all of them. What is good for all tokens is so learned from all tokens, not from an expert's."""
+    if scores_LEF.shape[1] == 1:
+        return {"scores": put(scores_LEF)}
+    common_L1F = scores_LEF.mean(1, keepdims=True)
+    return {"scores": put(scores_LEF - common_L1F), "common_scores": put(common_L1F)}
+
+
+def whole(params: Params) -> jax.Array:
+    """float32 [L, E, F]: the scores that `begin` took apart."""
+    return params["scores"] + params["common_scores"] if "common_scores" in params else params["scores"]
+
+
 def table_of(scores_LEF: jax.Array, channels: int) -> np.ndarray:
     """The expert table int32 [L, E, C] of scores, sorted."""
     mask_LEF = np.asarray(jax.jit(chosen, static_argnums=1)(scores_LEF, channels))
@@ -122,12 +136,12 @@ def table_of(scores_LEF: jax.Array, channels: int) -> np.ndarray:
 def make_mask_step(cfg: ModelConfig, channels: int, tx: optax.GradientTransformation, chunk: int):
     """jitted (phase, params, batch) -> (phase, metrics): one step of scores [L, E, F] by forward KL to the dense model.
 
-    phase.params: {"scores": ...}; params: the frozen backbone. batch: ids, segments, expert [A, B, T]. Among the
+    phase.params: as `begin` makes them; params: the frozen backbone. batch: ids, segments, expert [A, B, T]. Among the
     metrics, changed: the share of chosen channels that were not chosen a step before.
     """
 
     def loss_fn(tuned, params, micro):
-        scores_LEF = tuned["scores"]
+        scores_LEF = whole(tuned)
         ids_BT, segments_BT = micro["ids"], micro["segments"]
         target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
         teacher_BTD, _ = backbone.forward(cfg, params, ids_BT, segments_BT)
@@ -141,10 +155,10 @@ def make_mask_step(cfg: ModelConfig, channels: int, tx: optax.GradientTransforma
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, params: Params, batch: dict[str, Any]):
-        before_LEF = chosen(phase.params["scores"], channels)
+        before_LEF = chosen(whole(phase.params), channels)
         grad, means = accumulate(lambda tuned, micro: loss_fn(tuned, params, micro), phase.params, batch)
         phase, norm = update(phase, tx, grad)
-        new_LEF = chosen(phase.params["scores"], channels) & ~before_LEF
+        new_LEF = chosen(whole(phase.params), channels) & ~before_LEF
         means["changed"] = jnp.sum(new_LEF) / (channels * before_LEF.shape[0] * before_LEF.shape[1])
         return phase, means | {"grad_norm": norm}
 

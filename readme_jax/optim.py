@@ -73,7 +73,7 @@ def decayed(params) -> dict:
         name = path[-1].key
         if name.startswith("w_") or name in ("embedding", "head"):
             return True
-        whole = name.startswith("b_") or name.endswith("norm") or name == "scores"  # those of `masks`
+        whole = name.startswith("b_") or name.endswith("norm") or name.endswith("scores")  # those of `masks`
         require(whole, f"no weight-decay rule for the parameter {name}")
         return False
 

@@ -70,6 +70,14 @@ def test_the_first_scores_are_the_table_then_importance():
     np.testing.assert_array_equal(masks.table_of(jnp.array(scores_LEF), 2), table_LEC)
 
 
+def test_scores_in_common_change_nothing_at_the_start(mesh):
+    scores_LEF = np.random.default_rng(0).permuted(np.tile(np.arange(48, dtype=np.float32) / 48, (2, 3, 1)), axis=-1)
+    for part_LEF in (scores_LEF, scores_LEF[:, :1]):
+        params = masks.begin(part_LEF)
+        assert len(params) == (1 if part_LEF.shape[1] == 1 else 2)
+        np.testing.assert_array_equal(masks.table_of(masks.whole(params), 24), np.sort(np.argsort(-part_LEF)[..., :24]))
+
+
 def test_the_program_learns_and_keeps_the_function(stages, learned):
     kl = [line["masks/kl"] for line in read_metrics(learned / "metrics.jsonl")]
     info = artifacts.verify(learned, hashes=True)["info"]
@@ -95,7 +103,7 @@ def test_the_loss_falls(stages, name):
         worst_LEC = np.repeat(choose(-shares_MLF, shape.channels), shape.experts, axis=1)
         scores_LEF = masks.first_scores(-shares_MLF, worst_LEC, ("any",), shape.names)
         tx = optim.make(OptimConfig(lr=0.02, weight_decay=0.0), 40)
-        phase = steps.start({"scores": put(scores_LEF)}, tx)
+        phase = steps.start(masks.begin(scores_LEF), tx)
         step = masks.make_mask_step(cfg, shape.channels, tx, 32)
         batch = {"ids": put(ids_BT[None]), "segments": put(np.ones_like(ids_BT)[None])}
         batch["expert"] = put(np.asarray(open_model(folder).route(ids_BT))[None])

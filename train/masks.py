@@ -62,9 +62,9 @@ def learn(config: MasksConfig, work: artifacts.Work, checkpoints: Checkpoints, s
     assert table_LEC is not None
     # ---- scores
     shares_MLF = masks.importance(cfg, params, calibration)
-    scores_LEF = put(masks.first_scores(shares_MLF, table_LEC, tuple(calibration), experts.names))
+    scores_LEF = masks.first_scores(shares_MLF, table_LEC, tuple(calibration), experts.names)
     tx = optim.make(config.optim, config.steps, config.seed)
-    phases = {"masks": steps.start({"scores": scores_LEF}, tx)}
+    phases = {"masks": steps.start(masks.begin(scores_LEF), tx)}
     tick, phases = checkpoints.resume(config.checkpoint.resume, phases)
     phase = phases["masks"]
     step = masks.make_mask_step(cfg, experts.channels, tx, config.head_chunk)
@@ -99,7 +99,7 @@ def learn(config: MasksConfig, work: artifacts.Work, checkpoints: Checkpoints, s
                     raise Stopped(f"stopped by {stop.asked}; saved at step {tick} of {config.steps}")
     finally:
         metrics.close()
-    learned_LEC = masks.table_of(phase.params["scores"], experts.channels)
+    learned_LEC = masks.table_of(masks.whole(phase.params), experts.channels)
     same = np.mean([len(np.intersect1d(a, b)) for a, b in zip(_rows(learned_LEC), _rows(table_LEC))])
     work.info |= {"changed": 1 - float(same) / experts.channels, "tokens": config.steps * tokens, **peak_memory()}
     seconds, ran = watch.seconds, (config.steps - started) * tokens
