@@ -124,12 +124,12 @@ class TaskModel(TemplateLM):
             self.tokens += len(ids)
         model = self.model
         with jax.set_mesh(model._mesh):
-            found = _score(
-                model.config, model.router_config, model._weights, ids_BT, segments_BT, place_BK, target_BK
-            )
+            found = _score(model.config, model.router_config, model._weights, ids_BT, segments_BT, place_BK, target_BK)
         logp_BK, greedy_BK = map(np.asarray, found)
         counts = [len(target) for _, target in rows]
-        return [(float(logp_BK[r, :n].sum(dtype=np.float64)), bool(greedy_BK[r, :n].all())) for r, n in enumerate(counts)]
+        return [
+            (float(logp_BK[r, :n].sum(dtype=np.float64)), bool(greedy_BK[r, :n].all())) for r, n in enumerate(counts)
+        ]
 
     def loglikelihood_rolling(self, requests, disable_tqdm: bool = False) -> list[float]:
         """Log-probability of whole texts, in windows as long as the context that overlap by one token."""
