@@ -99,7 +99,7 @@ class TaskModel(TemplateLM):
             rows.append((ids[:-1], target))
         order = sorted(range(len(rows)), key=lambda i: (-len(rows[i][0]), rows[i]))
         out: list[tuple[float, bool]] = [(0.0, False)] * len(rows)
-        with progress(len(rows), "score") as bar:
+        with progress(len(rows), "score", unit="texts") as bar:
             for start in range(0, len(order), self.batch):
                 chosen = order[start : start + self.batch]
                 for i, result in zip(chosen, self._score_rows([rows[i] for i in chosen])):
@@ -163,7 +163,7 @@ class TaskModel(TemplateLM):
             contexts.append(ids)
             groups[stops, room].append(i)
         out = [""] * len(requests)
-        with progress(len(requests), "generate") as bar:
+        with progress(len(requests), "generate", unit="texts") as bar:
             for (stops, room), members in groups.items():
                 members.sort(key=lambda i: (-len(contexts[i]), contexts[i]))
                 for start in range(0, len(members), self.batch):

@@ -209,6 +209,6 @@ def test_retention_is_paired():
     values, dense = [1, 0, 1, 0, 1, 1], [1, 1, 1, 0, 1, 1]
     ratio, error = task_data.retention(values, dense)
     rest = np.array(values) - ratio * np.array(dense)
-    assert ratio == 0.8 and np.isclose(error, rest.std(ddof=1) / np.sqrt(6) / np.mean(dense))
-    assert task_data.retention(dense, dense) == (1.0, 0.0)
+    assert np.isclose(ratio, 0.8) and np.isclose(error, rest.std(ddof=1) / np.sqrt(6) / np.mean(dense))
+    np.testing.assert_allclose(task_data.retention(dense, dense), (1.0, 0.0), atol=1e-12)
     assert task_data.retention([1, 0], [0, 0]) == (None, None) and task_data.mean_error([1.0]) == (1.0, None)
