@@ -59,15 +59,19 @@ def harness_tasks(names: list[str]) -> dict[str, Any]:
     require(not absent, f"tasks: {', '.join(absent)}: no hub reached; without it: {_offered()}", SourceError)
     folder = sources.fetch_tasks(write_copies)
     sources.say(f"tasks {', '.join(names)}: no hub reached; offline copies at {folder}")
-    return {name: _local(name, folder) for name in names}
+    manager = _harness()
+    return {name: _local(manager, name, folder) for name in names}
 
 
-def _local(name: str, folder: Path) -> dict[str, Any]:
+def _local(manager, name: str, folder: Path) -> Any:
+    """The harness's task with another data set. A config that names a task is no change of it but a new one, so what
+    merges them is called by its private name."""
     splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
     split = COPIES[name].split
     files = {"data_files": {split: str(folder / f"{name}.jsonl")}}
     data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
-    return {"task": name, **data, **splits, f"{split}_split": split}
+    changes = {**data, **splits, f"{split}_split": split}
+    return manager._factory.build(manager._entry(name), overrides=changes, registry=manager._index)
 
 
 def _offered() -> str:
