@@ -183,11 +183,15 @@ def _route(cfg, router_cfg, weights, ids_BT, segments_BT):
     return router.route(router_cfg, weights["router"], ids_BT, segments_BT, cfg.rope_theta)
 
 
+def hidden(cfg, router_cfg, weights, ids_BT, segments_BT) -> jax.Array:
+    """Hidden states before the head, float32 [B, T, D], of a `Model`'s weights: routed where there are experts."""
+    route = None if weights["table"] is None else Masked(_route(cfg, router_cfg, weights, ids_BT, segments_BT))
+    return backbone.forward(cfg, weights["params"], ids_BT, segments_BT, table=weights["table"], route=route)[0]
+
+
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _logits(cfg, router_cfg, weights, ids_BT, segments_BT):
-    route = None if weights["table"] is None else Masked(_route(cfg, router_cfg, weights, ids_BT, segments_BT))
-    x_BTD, _ = backbone.forward(cfg, weights["params"], ids_BT, segments_BT, table=weights["table"], route=route)
-    return backbone.unembed(weights["params"], x_BTD)
+    return backbone.unembed(weights["params"], hidden(cfg, router_cfg, weights, ids_BT, segments_BT))
 
 
 def load(path_or_name: str | Path, *, weights: bool = True) -> Model:

@@ -6,6 +6,7 @@ gradient reaches the scores straight through that choice; weights and router sta
 
 import dataclasses
 import functools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from readme_jax.data import Records, eval_batches
 from readme_jax.models import backbone
 from readme_jax.models.backbone import Params
 from readme_jax.models.experts import ExpertTable, Masked
-from readme_jax.optim import OptimConfig
+from readme_jax.optim import OptimConfig, make
 from readme_jax.routing import membership
 from readme_jax.sharding import put, spec
 from readme_jax.steps import Phase, accumulate, update
@@ -45,8 +46,9 @@ class MasksConfig:
     """Records of one microbatch."""
     accum: int = 1
     """Microbatches of one optimizer step."""
-    optim: OptimConfig = OptimConfig(lr=0.02, weight_decay=0.0)
-    """Optimizer of the scores, which start evenly spread over 0 .. 1 in the order of the channels' importance."""
+    lr: float = 0.02
+    """Adam's peak rate, cosine to 0 over the run; scores start evenly spread over 0 .. 1, so this is the share of all
+    channels that one may pass in a step."""
     head_chunk: int = 128
     """Positions whose logits exist at once."""
     seed: int = 0
@@ -59,10 +61,7 @@ class MasksConfig:
         require(self.batch >= 1 and self.accum >= 1, f"batch={self.batch}, accum={self.accum} must be at least 1")
         require(self.head_chunk >= 1, f"head_chunk={self.head_chunk} must be at least 1")
         require(self.seed >= 0, f"seed={self.seed} must not be negative")
-        kind = self.optim.params
-        require(kind == "float32", f"optim.params={kind}: scores are float32, a step may move them by 1e-4")
-        decay = self.optim.weight_decay
-        require(decay == 0, f"optim.weight_decay={decay} has no meaning: scores are only compared with each other")
+        require(0 < self.lr < math.inf, f"lr={self.lr} must be positive and finite")
 
 
 def check(config: MasksConfig, experts: ExpertConfig | None, router: RouterConfig | None) -> ExpertConfig:
@@ -131,6 +130,11 @@ def table_of(scores_LEF: jax.Array, channels: int) -> np.ndarray:
     """The expert table int32 [L, E, C] of scores, sorted."""
     mask_LEF = np.asarray(jax.jit(chosen, static_argnums=1)(scores_LEF, channels))
     return np.nonzero(mask_LEF)[2].reshape(*mask_LEF.shape[:2], channels).astype(np.int32)
+
+
+def optimizer(config: MasksConfig) -> optax.GradientTransformation:
+    """Of the scores. Nothing decays: they are only compared with each other."""
+    return make(OptimConfig(lr=config.lr, weight_decay=0.0), config.steps)
 
 
 def make_mask_step(cfg: ModelConfig, channels: int, tx: optax.GradientTransformation, chunk: int):

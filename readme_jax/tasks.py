@@ -11,11 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax.api import LENGTH_STEP, Model
+from readme_jax.api import LENGTH_STEP, Model, hidden
 from readme_jax.config import ConfigError, DataError, require
 from readme_jax.metrics import progress
-from readme_jax.models import backbone, router
-from readme_jax.models.experts import Masked
+from readme_jax.models import backbone
 from readme_jax.routing import bucket
 
 try:
@@ -32,13 +31,7 @@ KNOWN = {"until", "max_gen_toks", "do_sample", "temperature"}
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _score(cfg, router_cfg, weights, ids_BT, segments_BT, place_BK, target_BK):
     """(log-probability [B, K] of each target after the position `place`, whether it is the likeliest token)."""
-    route = None
-    if weights["table"] is not None:
-        expert_BT = jnp.zeros_like(ids_BT)
-        if router_cfg is not None:
-            expert_BT = router.route(router_cfg, weights["router"], ids_BT, segments_BT, cfg.rope_theta)
-        route = Masked(expert_BT)
-    x_BTD, _ = backbone.forward(cfg, weights["params"], ids_BT, segments_BT, table=weights["table"], route=route)
+    x_BTD = hidden(cfg, router_cfg, weights, ids_BT, segments_BT)
     x_BKD = jnp.take_along_axis(x_BTD, place_BK[:, :, None], axis=1)
     logp, greedy = [], []
     for start in range(0, place_BK.shape[1], TARGET_STEP):  # logits of the whole text are never held at once

@@ -9,14 +9,13 @@ import numpy as np
 import pytest
 from stages import differing
 
-from readme_jax import artifacts, hf, masks, optim, placement, steps
+from readme_jax import artifacts, hf, masks, placement, steps
 from readme_jax import load as open_model
 from readme_jax.carve import choose
 from readme_jax.config import ConfigError, Stopped
 from readme_jax.data import open_records
 from readme_jax.metrics import read_metrics
 from readme_jax.models import backbone, experts
-from readme_jax.optim import OptimConfig
 from readme_jax.sharding import MeshConfig, put, use_mesh
 from readme_jax.train import masks as program
 
@@ -102,7 +101,7 @@ def test_the_loss_falls(stages, name):
         shares_MLF = masks.importance(cfg, params, open_records(stages.data, "calibration")).mean(0, keepdims=True)
         worst_LEC = np.repeat(choose(-shares_MLF, shape.channels), shape.experts, axis=1)
         scores_LEF = masks.first_scores(-shares_MLF, worst_LEC, ("any",), shape.names)
-        tx = optim.make(OptimConfig(lr=0.02, weight_decay=0.0), 40)
+        tx = masks.optimizer(masks.MasksConfig(model=folder, data=stages.data, out=folder / "x", steps=40))
         phase = steps.start(masks.begin(scores_LEF), tx)
         step = masks.make_mask_step(cfg, shape.channels, tx, 32)
         batch = {"ids": put(ids_BT[None]), "segments": put(np.ones_like(ids_BT)[None])}
@@ -141,12 +140,11 @@ def test_stopped_and_started_again_it_ends_bit_equal(stages, learned, tmp_path, 
     "change, says",
     [
         (["--steps", "0"], "steps=0 must be at least 1"),
-        (["--batch", "0"], "batch=0, accum=1: must|batch=0, accum=1 must be at least 1"),
+        (["--batch", "0"], "batch=0, accum=1 must be at least 1"),
         (["--batch", "4000"], "batch=4000, accum=1: only"),
         (["--head-chunk", "0"], "head_chunk=0 must be at least 1"),
         (["--seed", "-1"], "seed=-1 must not be negative"),
-        (["--optim.params", "bfloat16"], "optim.params=bfloat16: scores are float32"),
-        (["--optim.weight-decay", "0.1"], "optim.weight_decay=0.1 has no meaning"),
+        (["--lr", "0"], "lr=0.0 must be positive and finite"),
     ],
 )
 def test_bad_options(stages, tmp_path, change, says):

@@ -11,7 +11,7 @@ import pytest
 
 import readme_jax
 from readme_jax import task_data
-from readme_jax.config import ArtifactError, ConfigError, DataError, SourceError
+from readme_jax.config import ConfigError, DataError, SourceError
 from readme_jax.train import tasks as program
 
 pytest.importorskip("lm_eval")
@@ -194,7 +194,7 @@ def test_bad_input_of_the_program(stages, copies, tmp_path):
             run(*argv)
     with pytest.raises(SourceError, match="tasks: boolq: no hub reached; without it: arc_challenge"):
         run("--tasks", "boolq")
-    with pytest.raises(ArtifactError, match="not a finished result"):
+    with pytest.raises(SourceError, match="none: no such folder or file, and not a hub name"):
         run("--tasks", "hellaswag", model=tmp_path / "none")
     assert not (tmp_path / "out").exists()
 

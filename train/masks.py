@@ -7,12 +7,13 @@ model carved anew, the same number of channels in every expert and layer; its ro
 again, and the experts, by `alternate`. An interrupted run goes on where it was.
 """
 
+import collections
 import functools
 
 import jax
 import numpy as np
 
-from readme_jax import artifacts, carve, cli, distributed, hf, masks, optim, placement, steps
+from readme_jax import artifacts, carve, cli, distributed, hf, masks, placement, steps
 from readme_jax.carve import describe
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import DataError, Stopped, require
@@ -63,7 +64,7 @@ def learn(config: MasksConfig, work: artifacts.Work, checkpoints: Checkpoints, s
     # ---- scores
     shares_MLF = masks.importance(cfg, params, calibration)
     scores_LEF = masks.first_scores(shares_MLF, table_LEC, tuple(calibration), experts.names)
-    tx = optim.make(config.optim, config.steps, config.seed)
+    tx = masks.optimizer(config)
     phases = {"masks": steps.start(masks.begin(scores_LEF), tx)}
     tick, phases = checkpoints.resume(config.checkpoint.resume, phases)
     phase = phases["masks"]
@@ -74,24 +75,34 @@ def learn(config: MasksConfig, work: artifacts.Work, checkpoints: Checkpoints, s
     # ---- loop
     metrics, timer, watch = Metrics(work.path / "metrics.jsonl", tick), Timer(config.checkpoint.minutes), Stopwatch()
     tokens, started = config.batch * config.accum * batches.seq, tick
+    kl = collections.deque(metrics.past("masks/kl"), maxlen=config.checkpoint.window)
+    pending: tuple[int, dict] | None = None
     stop.leave()
     try:
         with progress(config.steps * tokens, "masks", initial=tick * tokens) as bar:
+
+            def log(pending: tuple[int, dict] | None) -> None:
+                if pending is None:
+                    return
+                values = {f"masks/{name}": float(value) for name, value in jax.device_get(pending[1]).items()}
+                metrics.log(pending[0], values, {"time/seconds": watch.seconds})
+                kl.append(values["masks/kl"])
+                bar.set_postfix_str(f"KL {kl[-1]:.3f}, changed {values['masks/changed']:.2%}", refresh=False)
+                bar.update(tokens)
+
             while tick < config.steps:
                 batch = place_batch(batches, tick)
                 batch["expert"] = put(np.zeros(batch["ids"].shape, np.int32), spec(None, "batch", "seq"))
                 if route is not None:
                     batch["expert"] = route(batch["ids"], batch["segments"])
                 phase, values = step(phase, params, batch)
-                # a step takes seconds: its figures are waited for, nothing else is
-                host = {f"masks/{name}": float(value) for name, value in jax.device_get(values).items()}
-                metrics.log(tick, host, {"time/seconds": watch.seconds})
-                bar.set_postfix_str(f"KL {host['masks/kl']:.3f}, changed {host['masks/changed']:.2%}", refresh=False)
-                bar.update(tokens)
-                tick += 1
+                log(pending)  # the step before, while this one runs
+                pending, tick = (tick, values), tick + 1
                 every = config.checkpoint.steps
                 if stop.asked or timer.due() or tick == config.steps or (every and tick % every == 0):
-                    checkpoints.save(tick, {"masks": phase})
+                    log(pending)
+                    pending = None
+                    checkpoints.save(tick, {"masks": phase}, float(np.mean(kl)))
                     work.kept = True
                     timer.restart()
                 if stop.asked and tick < config.steps:

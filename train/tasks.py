@@ -9,7 +9,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from readme_jax import api, artifacts, cli
+from readme_jax import api, artifacts, cli, sources
 from readme_jax.config import free, require
 from readme_jax.metrics import Stopwatch
 from readme_jax.task_data import full_names, harness_tasks, mean_error, retention
@@ -22,14 +22,15 @@ class TasksConfig:
     """One evaluation on tasks."""
 
     model: Path
-    """Model folder to evaluate: routed when it has a router, else dense."""
+    """Model to evaluate, routed when it has a router: any stage's folder, a Hugging Face folder, a hub name or a
+    .gguf file."""
     tasks: tuple[str, ...]
     """Names of the harness's tasks; a comma may stand between them. Without a hub: hellaswag, arc_easy, arc_challenge,
     piqa, winogrande, lambada."""
     out: Path
     """Folder to write tasks.json to."""
     against: Path | None = None
-    """Model folder of the dense model, for the share of its scores that is kept."""
+    """The dense model, for the share of its scores that is kept."""
     limit: int | None = None
     """Items of each task at most, its first ones; none: all of them."""
     batch: int = free(8)
@@ -45,9 +46,11 @@ class TasksConfig:
 def main(argv: list[str] | None = None) -> None:
     """Evaluate once; a finished folder of the same config and inputs is only printed again."""
     config: TasksConfig = cli.parse(TasksConfig, argv, __doc__ or "", prog="readme-jax tasks")
-    parents = {"model": config.model} | ({"against": config.against} if config.against else {})
+    folders = {"model": config.model} | ({"against": config.against} if config.against else {})
+    # what no stage has made is known by its name only: a change in it is not seen
+    parents = {role: folder for role, folder in folders.items() if (folder / artifacts.MANIFEST).is_file()}
     if not artifacts.finished(config.out, "tasks", config, parents):
-        run(config, parents)
+        run(config, folders, parents)
     artifacts.verify(config.out, hashes=True)
     result = json.loads((config.out / "tasks.json").read_text())
     print(f"{'task':<16}{'score':<10}{'value':>8}{'stderr':>9}{'n':>7}{'kept':>9}{'stderr':>9}")
@@ -59,19 +62,18 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{task:<16}{score:<10}{a:>8}{b:>9}{entry['n']:>7}{c:>9}{d:>9}")
 
 
-def run(config: TasksConfig, parents: dict[str, Path]) -> None:
+def run(config: TasksConfig, folders: dict[str, Path], parents: dict[str, Path]) -> None:
     """Run every task on the model, and on the dense one when there is one, and write the result."""
     names = full_names(config.tasks)
     from readme_jax.tasks import TaskModel  # needs the extra
 
-    for folder in parents.values():
-        artifacts.verify(folder)
+    models = {role: sources.resolve_model(str(folder)) for role, folder in folders.items()}
     chosen = harness_tasks(names)
     with artifacts.building(config.out, "tasks", config, parents) as work:
         watch = Stopwatch()
         tasks: dict[str, dict] = {}
         items: dict[str, dict] = {}
-        for role, folder in parents.items():
+        for role, folder in models.items():
             model = TaskModel(api.load(folder), config.batch)
             tasks[role], items[role] = {}, {}
             for name in names:

@@ -88,9 +88,10 @@ def activate(x_BTD: jax.Array, layer, keep_BTF: jax.Array | None = None, rows: s
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, keep_BTF: jax.Array | None) -> jax.Array:
     h_BTF = jax.nn.silu(gate_BTF) * up_BTF
-    if keep_BTF is None or keep_BTF.dtype == jnp.bool_:
-        return h_BTF if keep_BTF is None else jnp.where(keep_BTF, h_BTF, 0)
-    return h_BTF * keep_BTF.astype(h_BTF.dtype)  # a mask that is being learned
+    if keep_BTF is None:
+        return h_BTF
+    learned = keep_BTF.dtype != jnp.bool_
+    return h_BTF * keep_BTF.astype(h_BTF.dtype) if learned else jnp.where(keep_BTF, h_BTF, 0)
 
 
 def _down(h_BTF: jax.Array, layer, rows: slice = slice(None)) -> jax.Array:
