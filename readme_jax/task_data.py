@@ -3,6 +3,7 @@
 A copied task is a harness task by name whose data set is a local jsonl file with the fields of the hub's.
 """
 
+import functools
 import gzip
 import io
 import json
@@ -44,7 +45,7 @@ def full_names(names: Iterable[str]) -> list[str]:
     require(len(set(names)) == len(names), f"tasks={','.join(names)} names a task twice")
     unknown = [name for name in names if name not in COPIES]
     if unknown:
-        known = set(_harness().all_subtasks)
+        known = set(harness().all_subtasks)
         unknown = [name for name in unknown if name not in known]
         require(not unknown, f"tasks: {', '.join(unknown)} is no task of the harness; without a hub: {_offered()}")
     return names
@@ -59,7 +60,7 @@ def harness_tasks(names: list[str]) -> dict[str, Any]:
     require(not absent, f"tasks: {', '.join(absent)}: no hub reached; without it: {_offered()}", SourceError)
     folder = sources.fetch_tasks(write_copies)
     sources.say(f"tasks {', '.join(names)}: no hub reached; offline copies at {folder}")
-    manager = _harness()
+    manager = harness()
     return {name: _local(manager, name, folder) for name in names}
 
 
@@ -78,7 +79,9 @@ def _offered() -> str:
     return ", ".join(sorted(COPIES))
 
 
-def _harness():
+@functools.cache
+def harness() -> Any:
+    """The harness's task manager, made once: it reads 14,000 files. ConfigError where the extra is missing."""
     try:
         from lm_eval.tasks import TaskManager
     except ImportError:

@@ -158,7 +158,7 @@ def copies(tmp_path, monkeypatch):
 
 def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
     out = tmp_path / "out"
-    names = ["arc_easy", "lambada"]
+    names = ["hellaswag,arc_easy", "piqa", "lambada"]
     argv = ["--model", str(stages.tuned), "--against", str(stages.dense), "--tasks", *names, "--limit", "3"]
     program.main([*argv, "--out", str(out)])
     shown = capsys.readouterr()
@@ -166,7 +166,7 @@ def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
     result = json.loads((out / "tasks.json").read_text())
     assert list(result["tasks"]) == ["model", "against"]
     for entries in result["tasks"].values():
-        assert set(entries) == {"arc_easy", "lambada_openai"}
+        assert set(entries) == {"hellaswag", "arc_easy", "piqa", "lambada_openai"}
         for name, entry in entries.items():
             assert entry["n"] == 3 and entry["tokens"] > 0 and entry["seconds"] > 0
             assert ("acc_norm" in entry) == (name != "lambada_openai")

@@ -12,7 +12,7 @@ from pathlib import Path
 from readme_jax import api, artifacts, cli, sources
 from readme_jax.config import free, require
 from readme_jax.metrics import Stopwatch
-from readme_jax.task_data import full_names, harness_tasks, mean_error, retention
+from readme_jax.task_data import full_names, harness, harness_tasks, mean_error, retention
 
 SCORES = ("acc", "acc_norm")
 
@@ -93,7 +93,9 @@ def evaluate(model, task, limit: int | None) -> tuple[dict, dict[str, list[float
     import lm_eval
 
     watch, before = Stopwatch(), model.tokens
-    found = lm_eval.simple_evaluate(model, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR")
+    found = lm_eval.simple_evaluate(
+        model, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR", task_manager=harness()
+    )
     assert found is not None
     (rows,) = found["samples"].values()
     rows = sorted(rows, key=lambda row: row["doc_id"])
