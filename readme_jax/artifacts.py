@@ -90,7 +90,7 @@ def changed(folder: Path, then: dict[str, list]) -> str:
 def fingerprint(config: Any, parents: dict[str, Path]) -> str:
     """Identity of a result: its config and the content of its parents. Where they lie and where it goes is left out."""
     heads = {name: parent_identity(path) for name, path in sorted(parents.items())}
-    fields = {key: value for key, value in _result_fields(config).items() if key not in parents}
+    fields = {key: value for key, value in result_fields(config).items() if key not in parents}
     text = json.dumps({"config": fields, "parents": heads}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -101,7 +101,7 @@ def parent_identity(path: Path) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _result_fields(config: Any) -> dict[str, Any]:
+def result_fields(config: Any) -> dict[str, Any]:
     """The fields that decide the result, by name: not where it goes, nor what `config.free` marks."""
     spare = {"out"}
     if dataclasses.is_dataclass(config):
@@ -176,7 +176,7 @@ def finished(folder: str | Path, stage: str, config: Any, parents: dict[str, Pat
     )
     _read_json(folder / MANIFEST, "stage", "fingerprint", "config", "info", "files")
     manifest = verify(folder)
-    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
+    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": result_fields(config)}
     other = _difference(manifest, mine, parents)
     require(not other, f"out={folder} belongs to another run ({other}); choose another folder", ArtifactError)
     kept = {Path(name).parts[0] for name in manifest["files"]} | {MANIFEST}
@@ -236,7 +236,7 @@ def building(
         verify(parent, hashes="changed")
     folder = Path(folder)
     partial = folder.parent / f".{folder.name}.partial"
-    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": _result_fields(config)}
+    mine = {"stage": stage, "fingerprint": fingerprint(config, parents), "config": result_fields(config)}
     try:
         partial.mkdir(parents=True, exist_ok=True)
         lock = _lock(partial)

@@ -26,6 +26,7 @@ STAGES = {
     "plan": ("readme_jax.train.plan", "what a run of alternate will need: memory, FLOPs, hours, and whether it fits"),
     "alternate": ("readme_jax.train.alternate", "train router and experts in turns"),
     "evaluate": ("readme_jax.train.evaluate", "perplexity by domain and routing statistics on held-out text"),
+    "study": ("readme_jax.train.study", "recipes compared at equal tokens: a table, pictures, study.json"),
     "tasks": ("readme_jax.train.tasks", "scores on tasks of the lm-evaluation-harness, beside a dense model's"),
     "generate": ("readme_jax.infer.generate", "text from a dense or carved model"),
     "bench": ("readme_jax.infer.bench", "a trace of requests through the engine, for any pair of policies"),

@@ -82,6 +82,13 @@ def expert_step_flops(
     return step
 
 
+def mask_step_flops(cfg: ModelConfig, seq: int) -> float:
+    """One token of a step of `masks`: all channels forward, backward through frozen matrices, and the dense teacher."""
+    student = layers(cfg, seq, cfg.mlp)
+    step = 2.0 * (student.projections + student.ffn + head_flops(cfg)) + 3.0 * student.scores
+    return step + student.total + head_flops(cfg)
+
+
 def train_flops_per_token(
     cfg: ModelConfig,
     experts: ExpertConfig,

@@ -8,6 +8,7 @@ import pytest
 
 from readme_jax.cli import STAGES
 from readme_jax.config import load_yaml
+from readme_jax.study import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,7 +25,7 @@ ORDER = """
     serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots
     serving.sampling serving.segments serving.programs serving.runner serving.mesh_segments serving.mesh_runner
     serving.text serving.outputs serving.transfers serving.recorder serving.parts serving.engine serving.replay
-    export report_parts report_page report quickstart cli
+    export report_parts report_page report quickstart study study_result study_page cli
 """.split()
 LIBRARY = sorted(p for p in (ROOT / "readme_jax").rglob("*.py") if "hf_code" not in p.parts)
 PROGRAMS = sorted(p for folder in ("train", "infer") for p in (ROOT / folder).glob("*.py") if p.stem != "__init__")
@@ -84,8 +85,8 @@ def test_no_relative_import_no_torch_at_import(path):
 
 @pytest.mark.parametrize("path", PROGRAMS, ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_a_program_imports_no_other_program(path):
-    if path.stem == "quickstart":
-        return  # it chains the stages
+    if path.stem in ("quickstart", "study"):
+        return  # they chain the stages
     others = [name for name in imported(path) if name.startswith(("readme_jax.train", "readme_jax.infer"))]
     assert not others
     assert own_modules(path), "a program calls the library"
@@ -111,8 +112,12 @@ def config_class(stage):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("*.yaml")), ids=lambda p: f"{p.parent.name}/{p.stem}")
 def test_every_yaml_loads(path):
-    """configs/<run>/<stage>.yaml, or <stage>-<variant>.yaml."""
-    stage = path.stem.split("-")[0]
+    """configs/<run>/<stage>.yaml or <stage>-<variant>.yaml, configs/recipes/<recipe>.yaml,
+    configs/study/<study>.yaml."""
+    if path.parent.name == "recipes":
+        load_yaml(Recipe, path)
+        return
+    stage = "study" if path.parent.name == "study" else path.stem.split("-")[0]
     assert stage in STAGES, f"{path.name} is not named after a stage"
     load_yaml(config_class(stage), path)
 

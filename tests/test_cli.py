@@ -151,6 +151,7 @@ def test_stages(monkeypatch, capsys):
         "plan",
         "alternate",
         "evaluate",
+        "study",
         "tasks",
         "generate",
         "bench",

@@ -1,0 +1,144 @@
+"""The result of a study: what its finished stages measured and cost, in one dict that study.json holds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from readme_jax import artifacts, flops, hf
+from readme_jax.carve import EXPERTS
+from readme_jax.config import ModelConfig, to_dict
+from readme_jax.study import Job, Recipe, Rows, Stage, StudyConfig, difference, mean_loss, quality
+
+ONE_EXPERT = {"load_max_over_mean": 1.0, "entropy": 0.0, "keeps_previous": 1.0}  # one choice for every token
+
+
+def collect(config: StudyConfig, recipes: dict[str, Recipe], jobs: list[Job], dense: dict[str, Stage]) -> dict:
+    """The study so far: jobs that have not finished are simply not there.
+
+    Keys: config, default, dense, options (of each recipe) and recipes.NAME.TOKENS, the first seed's figures; `seeds`
+    in it holds those of the others. Losses in nats per token, mean over domains; see `study.quality`.
+    """
+    timings = read_timings(config.out)
+    plain = {name: read_rows(stage)["dense"] for name, stage in dense.items()}
+    done = [job for job in jobs if job.finished]
+    static = {(job.tokens, job.seed): job for job in done if job.recipe == "static"}
+    found: dict[str, dict[str, Any]] = {name: {} for name in recipes}
+    for job in done:
+        beside = static.get((job.tokens, job.seed))
+        entry = figures(job, plain, beside) | {"seed": job.seed, "cost": cost(config, job, timings)}
+        entry["stages"] = [stage.key for stage in [*job.stages, *job.evaluations.values()]]
+        counts = found[job.recipe]
+        if job.seed == config.seeds[0]:
+            counts[str(job.tokens)] = entry
+        elif str(job.tokens) in counts:
+            counts[str(job.tokens)].setdefault("seeds", {})[str(job.seed)] = entry
+    loss, by = mean_loss(plain["test"])
+    whole: dict[str, Any] = {"loss": loss, "by_domain": by, "tokens": test_tokens(plain["test"])}
+    if "unseen" in plain:
+        loss, by = mean_loss(plain["unseen"])
+        whole["unseen"] = {"loss": loss, "by_domain": by, "tokens": test_tokens(plain["unseen"])}
+    ordered = {name: dict(sorted(counts.items(), key=lambda own: int(own[0]))) for name, counts in found.items()}
+    return {
+        "config": to_dict(config),
+        "versions": artifacts.versions(),
+        "jobs": {"done": len(done), "of": len(jobs)},
+        "default": config.default,
+        "dense": whole,
+        "options": {name: {k: v for k, v in to_dict(r).items() if v is not None} for name, r in recipes.items()},
+        "recipes": ordered,
+    }
+
+
+def figures(job: Job, dense: dict[str, Rows], static: Job | None) -> dict[str, Any]:
+    """Losses and routing of one job. `regret`: its loss over that with the choice an oracle takes for each token,
+    `choice_cost`: what one choice for all layers costs the oracle; both where `bounds` asks for these arms."""
+    entry: dict[str, Any] = {}
+    for name, stage in job.evaluations.items():
+        rows = read_rows(stage)
+        other = None if static is None else read_rows(static.evaluations[name])["routed"]
+        own = quality(rows["routed"], dense[name], other)
+        if name == "unseen":
+            entry["unseen"] = own
+            continue
+        entry |= own
+        if "oracle" in rows:
+            entry["regret"] = difference(rows["routed"], rows["oracle"])["mean"]
+        if "oracle" in rows and "oracle_layers" in rows:
+            entry["choice_cost"] = difference(rows["oracle"], rows["oracle_layers"])["mean"]
+        routing = json.loads((stage.folder / "evaluation.json").read_text())["routing"]
+        entry |= {key: (routing or ONE_EXPERT)[key] for key in ONE_EXPERT}
+    return entry
+
+
+def read_rows(stage: Stage) -> dict[str, Rows]:
+    """Loss sums and tokens of every record, by arm and domain."""
+    return json.loads((stage.folder / "evaluation.json").read_text())["records"]
+
+
+def test_tokens(rows: Rows) -> int:
+    """Tokens whose loss is counted."""
+    return int(sum(sum(own["tokens"]) for own in rows.values()))
+
+
+# ---- cost -------------------------------------------------------------------------------------
+
+
+def read_timings(out: Path) -> dict[str, dict[str, float]]:
+    """seconds and peak_memory_gb of the stages that were run, by key, over all starts."""
+    path = out / "stages.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def cost(config: StudyConfig, job: Job, timings: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """What a recipe cost from calibration on, evaluation not counted: tokens by kind, FLOPs of the matrix
+    multiplications, seconds on this machine and peak memory (of a stage in common, in every recipe that needs it)."""
+    cfg, _, _ = hf.read_config(config.out / "dense")
+    seq = config.data.seq
+    seen = artifacts.read_manifest(config.out / "statistics")["info"]["tokens"]
+    tokens = {"calibration": seen, "labels": 0, "router": 0, "masks": 0, "experts": 0}
+    work = seen * flops.layers(cfg, seq, cfg.mlp).total
+    for stage in job.stages:
+        spent, own = stage_cost(config.out, stage, cfg, seq)
+        tokens = {kind: count + spent.get(kind, 0) for kind, count in tokens.items()}
+        work += own
+    timed = [timings[key] for key in ("calibrate", *(stage.key for stage in job.stages)) if key in timings]
+    return {
+        "tokens": tokens,
+        "flops": work,
+        "seconds": sum(entry["seconds"] for entry in timed),
+        "peak_memory_gb": max((entry["peak_memory_gb"] for entry in timed), default=None),
+    }
+
+
+def stage_cost(out: Path, stage: Stage, cfg: ModelConfig, seq: int) -> tuple[dict[str, int], float]:
+    """(tokens by kind, FLOPs) of one finished stage."""
+    if stage.program == "carve":
+        return {}, 0.0
+    ran = artifacts.read_manifest(stage.folder)["info"]["tokens"]
+    if stage.program == "masks":
+        return {"masks": ran}, ran * flops.mask_step_flops(cfg, seq)
+    _, experts, router = hf.read_config(stage.folder)
+    assert experts is not None
+    used = max(len(np.unique(table_EC)) for table_EC in hf.Reader(stage.folder).get(EXPERTS))
+    phases = {"router": stage.config.router, "experts": stage.config.experts}
+    own = {
+        name: flops.train_flops_per_token(cfg, experts, phase, seq, router=router, used=used)
+        for name, phase in phases.items()
+        if ran[name]
+    }
+    spent = {**ran, "labels": labelled(out, stage, seq)}
+    work = sum(ran[name] * own[name] for name in own) + spent["labels"] * flops.label_flops(cfg, experts.experts, seq)
+    if stage.config.experts.teacher_topk and ran["experts"]:  # asked once, before training
+        work += ran["experts"] * (flops.layers(cfg, seq, cfg.mlp).total + flops.head_flops(cfg))
+    return spent, work
+
+
+def labelled(out: Path, stage: Stage, seq: int) -> int:
+    """Tokens that the dense model labelled for the router, once (`teacher: current` labels within its steps)."""
+    if not stage.config.labelled:
+        return 0
+    there = [entry["train"]["records"] for entry in artifacts.read_manifest(out / "data")["info"]["domains"].values()]
+    each = -(-stage.config.router.records // len(there)) or max(there)
+    return seq * sum(min(each, count) for count in there)
