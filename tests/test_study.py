@@ -1,8 +1,6 @@
 """The study: recipes and their rules, token arithmetic, statistics, and the whole of it on a tiny model."""
 
-import dataclasses
 import json
-import shutil
 
 import numpy as np
 import pytest
@@ -10,7 +8,7 @@ import tiny
 import yaml
 from stages import SEQ, jitted
 
-from readme_jax import study, study_page, study_result
+from readme_jax import study
 from readme_jax.config import ArtifactError, ConfigError, from_dict
 from readme_jax.study import Recipe, StudyConfig
 from readme_jax.train import study as program
