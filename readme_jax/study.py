@@ -14,6 +14,7 @@ import numpy as np
 
 from readme_jax import artifacts
 from readme_jax.alternate import AlternateConfig
+from readme_jax.calibrate import CalibrateConfig
 from readme_jax.carve import CarveConfig
 from readme_jax.config import ArtifactError, ConfigError, from_dict, load_yaml, require, to_dict
 from readme_jax.data import DataConfig
@@ -25,8 +26,15 @@ PACE = {"checkpoint": {"minutes": 2.0}}
 NONE = {"steps": 0, "batch": 1}  # a phase of `alternate` that is left out
 ALWAYS = ("static", "paper")
 DRAWS = 2000
-CONFIGS = {"carve": CarveConfig, "alternate": AlternateConfig, "masks": MasksConfig, "evaluate": EvaluateConfig}
+CONFIGS = {
+    "calibrate": CalibrateConfig,
+    "carve": CarveConfig,
+    "alternate": AlternateConfig,
+    "masks": MasksConfig,
+    "evaluate": EvaluateConfig,
+}
 TAKEN = {  # what the study itself says
+    "calibrate": ("model", "data", "out", "mesh"),
     "carve": ("model", "statistics", "out"),
     "router": (),
     "masks": ("model", "data", "out", "steps", "seed", "checkpoint"),
@@ -40,6 +48,8 @@ class Recipe:
 
     carve: dict[str, Any]
     """Options of `carve`; `carving: static` makes one mask, which has no router."""
+    calibrate: dict[str, Any] | None = None
+    """Options of `calibrate`; without, its statistics are those of all recipes that have none."""
     router: dict[str, Any] | None = None
     """Options of the router phase of `alternate`, steps and batch among them. Tuned without any tuned tokens too, and
     again when masks were learned."""
@@ -210,7 +220,10 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
     """The stages from statistics to the model of a recipe with this many tuned tokens and this seed; the last one is
     the model. Nothing is run."""
     out, where = config.out, f"recipe {name}"
-    stages = [make_stage(out, "carve", recipe.carve, {"model": "dense", "statistics": "statistics"}, f"{where}.carve")]
+    dense = {"model": "dense", "data": "data"}
+    stages = [make_stage(out, "calibrate", {**(recipe.calibrate or {}), **ONE}, dense, f"{where}.calibrate")]
+    cut = {"model": "dense", "statistics": stages[0]}
+    stages.append(make_stage(out, "carve", recipe.carve, cut, f"{where}.carve"))
     tune = {"rounds": recipe.rounds, "seed": seed, **ONE, **PACE}
 
     def alternate(router: dict[str, Any] | None, experts: dict[str, Any] | None, rounds: int = recipe.rounds) -> None:

@@ -11,8 +11,7 @@ import numpy as np
 from readme_jax import artifacts
 from readme_jax.config import require
 from readme_jax.serving.plots import COLOURS
-
-KINDS = ("calibration", "labels", "router", "masks", "experts")
+from readme_jax.study_result import KINDS
 
 
 def check() -> None:
@@ -55,9 +54,10 @@ def page(study: dict[str, Any]) -> str:
         f"paired. Default: {study['default']}.",
         "",
     ]
+    untuned = study["recipes"]["static"].get("0", {}).get("excess")
     for count in counts(study):
         found = entries(study, count)
-        text += [f"## {_tokens(count)}", "", *quality_table(found), ""]
+        text += [f"## {_tokens(count)}", "", *quality_table(found, untuned), ""]
         if any("seeds" in entry for entry in found.values()):
             text += ["Over seeds:", "", *seeds_table(found), ""]
         text += ["ln R by domain:", "", *domain_table(found, dense["by_domain"], lambda entry: entry), ""]
@@ -92,19 +92,29 @@ def with_ci(value: float | None, ci: list[float] | None) -> str:
     return number(value) + (f" [{ci[0]:.3f}, {ci[1]:.3f}]" if value is not None and ci else "")
 
 
-def quality_table(found: dict[str, dict[str, Any]]) -> list[str]:
-    """Loss, gap and routing of each recipe."""
-    base = found.get("static", {}).get("excess")
+def quality_table(found: dict[str, dict[str, Any]], untuned: float | None) -> list[str]:
+    """Loss, gap and routing of each recipe; untuned: ln R of the untuned static mask."""
+    paper = found.get("paper", {}).get("excess")
     rows = []
     for name, e in found.items():
         cells = [name, number(e["loss"], ".4f"), number(e["r"], ".2f"), with_ci(e["excess"], e["ci"])]
-        cells += [number(e["excess"] / base if base else None, ".2f")]
+        cells += [number(e["excess"] / base if base else None, ".2f") for base in (untuned, paper)]
         cells += [with_ci(e.get("static_gap"), e.get("static_gap_ci"))]
         cells += [number(e.get("regret")), number(e.get("choice_cost"))]
         cells += [number(e["load_max_over_mean"], ".2f"), number(e["entropy"], ".2f")]
         cells += [number(e["keeps_previous"], ".0%")]
         rows.append(cells)
-    head = ["recipe", "loss", "R", "ln R", "/ static's", "gap to static", "regret", "one choice costs"]
+    head = [
+        "recipe",
+        "loss",
+        "R",
+        "ln R",
+        "/ untuned static's",
+        "/ paper's",
+        "gap to static",
+        "regret",
+        "one choice costs",
+    ]
     return table([*head, "load max/mean", "entropy", "keeps expert"], rows)
 
 
@@ -170,7 +180,7 @@ def _style(index: int, name: str) -> dict[str, Any]:
 
 
 def draw_excess(study: dict[str, Any], path: Path) -> None:
-    """ln R against tuned tokens, one line a recipe, intervals as bars."""
+    """ln R against tuned tokens, one line a recipe, intervals as bars; the dense model is the line at 0."""
     figure, axes = _figure(8)
     for i, (name, recipe) in enumerate(study["recipes"].items()):
         points = sorted((int(count), entry["excess"], entry["ci"]) for count, entry in recipe.items())
@@ -182,8 +192,7 @@ def draw_excess(study: dict[str, Any], path: Path) -> None:
             bars = np.abs(np.array([p[2] for p in points]).T - np.array(y))
         axes.errorbar(x, y, yerr=bars, label=name, capsize=3, markersize=4, **_style(i, name))
     axes.set(xlabel="tuned tokens", ylabel="loss over the dense model's, nats (ln R)")
-    axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
+    axes.axhline(0, color="black", linewidth=1)
     axes.grid(alpha=0.3)
     if study["recipes"]:
         axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1, 1))

@@ -11,6 +11,7 @@ from readme_jax.carve import EXPERTS
 from readme_jax.config import ModelConfig, to_dict
 from readme_jax.study import Job, Recipe, Rows, Stage, StudyConfig, difference, mean_loss, quality
 
+KINDS = ("calibration", "labels", "router", "masks", "experts")  # of tokens
 ONE_EXPERT = {"load_max_over_mean": 1.0, "entropy": 0.0, "keeps_previous": 1.0}  # one choice for every token
 
 
@@ -96,14 +97,12 @@ def cost(config: StudyConfig, job: Job, timings: dict[str, dict[str, float]]) ->
     multiplications, seconds on this machine and peak memory (of a stage in common, in every recipe that needs it)."""
     cfg, _, _ = hf.read_config(config.out / "dense")
     seq = config.data.seq
-    seen = artifacts.read_manifest(config.out / "statistics")["info"]["tokens"]
-    tokens = {"calibration": seen, "labels": 0, "router": 0, "masks": 0, "experts": 0}
-    work = seen * flops.layers(cfg, seq, cfg.mlp).total
+    tokens, work = dict.fromkeys(KINDS, 0), 0.0
     for stage in job.stages:
         spent, own = stage_cost(config.out, stage, cfg, seq)
         tokens = {kind: count + spent.get(kind, 0) for kind, count in tokens.items()}
         work += own
-    timed = [timings[key] for key in ("calibrate", *(stage.key for stage in job.stages)) if key in timings]
+    timed = [timings[stage.key] for stage in job.stages if stage.key in timings]
     return {
         "tokens": tokens,
         "flops": work,
@@ -117,6 +116,8 @@ def stage_cost(out: Path, stage: Stage, cfg: ModelConfig, seq: int) -> tuple[dic
     if stage.program == "carve":
         return {}, 0.0
     ran = artifacts.read_manifest(stage.folder)["info"]["tokens"]
+    if stage.program == "calibrate":
+        return {"calibration": ran}, ran * flops.layers(cfg, seq, cfg.mlp).total
     if stage.program == "masks":
         return {"masks": ran}, ran * flops.mask_step_flops(cfg, seq)
     _, experts, router = hf.read_config(stage.folder)

@@ -26,8 +26,9 @@ RECIPES = {
     "domain": {"carve": {"importance": "energy"}, "router": ROUTER, "experts": EXPERTS},
     "frozen": {"carve": {"importance": "energy"}, "router": ROUTER, "masks": {"lr": 0.05}},
     "both": {"carve": {"importance": "energy"}, "router": ROUTER, "masks": {"share": 0.25}, "experts": EXPERTS},
-    "untuned": {"carve": {"importance": "mean_abs_norm"}, "router": ROUTER},
+    "untuned": {"carve": {"importance": "energy"}, "router": ROUTER},
 }
+RUN = {name: RECIPES[name] for name in ("static", "paper", "both", "untuned")}
 TOKENS = 8 * SEQ
 
 
@@ -99,7 +100,7 @@ def test_chains(tmp_path, stages):
     def names(*key):
         return [
             (s.program, s.config.router.steps, s.config.experts.steps) if s.program == "alternate" else s.program
-            for s in by[key]
+            for s in by[key][1:]
         ]
 
     assert names("static", 0) == ["carve"]
@@ -111,9 +112,11 @@ def test_chains(tmp_path, stages):
     assert names("both", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 3, 6)]
     for (recipe, count), chain in by.items():
         for before, after in zip(chain, chain[1:]):
-            assert after.config.model == before.folder, (recipe, count)
-    assert by["domain", 0][-1].key == by["both", TOKENS][1].key == by["frozen", 0][-1].key, "shared"
-    assert by["domain", 0][0].key != by["paper", 0][0].key
+            last = after.config.statistics if after.program == "carve" else after.config.model
+            assert last == before.folder, (recipe, count)
+    assert by["domain", 0][-1].key == by["both", TOKENS][2].key == by["frozen", 0][-1].key, "shared"
+    assert by["domain", 0][1].key != by["paper", 0][1].key
+    assert {chain[0].key for chain in by.values()} == {by["static", 0][0].key}, "statistics, once"
 
 
 def test_what_decides_a_folder(tmp_path, stages):
@@ -127,13 +130,15 @@ def test_what_decides_a_folder(tmp_path, stages):
     assert keys("b") == first, "not where it lies"
     assert keys("c", lambda r: r["domain"]["carve"].update(fraction=0.5)) == first, "nor a default that is written out"
     other = keys("d", lambda r: r["domain"]["carve"].update(fraction=0.25))
-    assert not set(other["domain", TOKENS, 0]) & set(first["domain", TOKENS, 0])
+    assert set(other["domain", TOKENS, 0]) & set(first["domain", TOKENS, 0]) == {first["domain", 0, 0][0]}
     assert other["both", TOKENS, 0] == first["both", TOKENS, 0]
     seeds = keys("e", seeds=[0, 3], finalists=["domain"])
     assert {key: own for key, own in seeds.items() if key[2] == 0} == first
     assert {key[:2] for key in seeds if key[2] == 3} == {("domain", TOKENS), ("static", TOKENS)}
-    assert seeds["domain", TOKENS, 3][0] == first["domain", TOKENS, 0][0], "carving knows no seed"
-    assert not set(seeds["domain", TOKENS, 3][1:]) & set(first["domain", TOKENS, 0])
+    assert seeds["domain", TOKENS, 3][:2] == first["domain", TOKENS, 0][:2], "statistics and carving know no seed"
+    assert not set(seeds["domain", TOKENS, 3][2:]) & set(first["domain", TOKENS, 0])
+    own = keys("f", lambda r: r["domain"].update(calibrate={"batch": 2}))
+    assert not set(own["domain", 0, 0]) & set(first["domain", 0, 0]), "statistics of its own"
 
 
 @pytest.mark.parametrize(
@@ -146,6 +151,7 @@ def test_what_decides_a_folder(tmp_path, stages):
         (lambda r: r["domain"]["experts"].update(steps=3), "domain.yaml: experts.steps: the study sets it"),
         (lambda r: r["domain"]["experts"].update(optim={"lr": -1}), r"recipe domain.experts.optim: lr=-1.0 must be"),
         (lambda r: r["domain"]["experts"].update(kd_wait=1), "recipe domain.experts.kd_wait: no such key"),
+        (lambda r: r["domain"].update(calibrate={"window": 0.5}), "recipe domain.calibrate.window: "),
         (lambda r: r["both"]["masks"].update(lr=0), "recipe both.masks: lr=0.0 must be positive"),
         (lambda r: r["both"]["masks"].update(share=1), "masks.share=1 must be above 0 and below 1"),
         (lambda r: r["both"]["masks"].update(share=0.01), "recipe both: masks.share=0.01: no step of 8 records"),
@@ -257,7 +263,7 @@ class Killed(Exception):
 def finished(stages, tmp_path_factory):
     """A study killed in its first expert step, begun again; and the stages that ran, in order."""
     folder, ran = tmp_path_factory.mktemp("study"), []
-    path = write(folder, stages, seeds=[0, 1], finalists=["domain"])
+    path = write(folder, stages, RUN, seeds=[0, 1], finalists=["static"])
     with pytest.MonkeyPatch.context() as patch:
         for name, module in program.PROGRAMS.items():
             run = module.main
@@ -278,9 +284,9 @@ def die(*_):
 
 def test_a_cut_study_shows_what_it_has(finished):
     _, partial, first, _ = finished
-    assert partial["jobs"] == {"done": 6, "of": 13}
-    assert {name: list(own) for name, own in partial["recipes"].items()} == {name: ["0"] for name in RECIPES}
-    assert [name for name, _ in first].count("evaluate") == 2 + 2 * 4  # dense; four different models
+    assert partial["jobs"] == {"done": 4, "of": 8}
+    assert {name: list(own) for name, own in partial["recipes"].items()} == {name: ["0"] for name in RUN}
+    assert [name for name, _ in first].count("evaluate") == 2 + 2 * 3  # dense; three different models
     assert first[-1][0] == "alternate"
 
 
@@ -291,15 +297,16 @@ def test_each_stage_runs_once(finished):
     assert {p.name for p in (out / "stages").iterdir()} == {argv.split("/")[-1][:-5] for _, argv in ran}
     timed = json.loads((out / "stages.json").read_text())
     names = [p.name for p in (out / "stages").iterdir()]
-    assert [n.split("-")[0] for n in names].count("carve") == 4, "static, mean_abs, energy, mean_abs_norm"
-    assert set(timed) == {"import", "data", "unseen", "calibrate", *names}
+    assert [n.split("-")[0] for n in names].count("carve") == 3, "static, mean_abs, energy"
+    assert [n.split("-")[0] for n in names].count("alternate") == 6 and len(names) == 1 + 3 + 6 + 1 + 2 * (1 + 7)
+    assert set(timed) == {"import", "data", "unseen", *names}
 
 
 def test_the_result(finished):
     path, _, _, _ = finished
     out = path.parent / "out"
     found = json.loads((out / "study.json").read_text())
-    assert found["jobs"] == {"done": 13, "of": 13} and found["default"] == "both"
+    assert found["jobs"] == {"done": 8, "of": 8} and found["default"] == "both"
     assert set(found["dense"]["by_domain"]) == {"numbers", "colours"}
     assert set(found["dense"]["unseen"]["by_domain"]) == {"animals"}
     for name, recipe in found["recipes"].items():
@@ -315,12 +322,19 @@ def test_the_result(finished):
             assert cost["tokens"]["masks"] + cost["tokens"]["experts"] == int(count)
             assert (cost["tokens"]["labels"] > 0) == (name != "static")
             assert cost["flops"] > 0 and cost["seconds"] > 0 and cost["peak_memory_gb"] > 0
-            assert ("seeds" in entry) == (name in ("static", "domain") and count != "0")
-    assert found["recipes"]["both"]["0"]["loss"] == found["recipes"]["domain"]["0"]["loss"]
+            assert ("seeds" in entry) == (name == "static" and count != "0")
+            assert cost["tokens"]["calibration"] == 320
+    assert found["recipes"]["both"]["0"]["loss"] == found["recipes"]["untuned"]["0"]["loss"]
     assert found["recipes"]["both"][str(TOKENS)]["cost"]["tokens"]["labels"] == 2 * 4 * SEQ, "labelled again for masks"
-    assert found["recipes"]["domain"][str(TOKENS)]["cost"]["tokens"]["labels"] == 4 * SEQ
+    assert found["recipes"]["paper"][str(TOKENS)]["cost"]["tokens"]["labels"] == 4 * SEQ
+    again = found["recipes"]["static"][str(TOKENS)]["seeds"]["1"]
+    assert (
+        again["seed"] == 1
+        and again["static_gap"] == 0
+        and again["loss"] != found["recipes"]["static"][str(TOKENS)]["loss"]
+    )
     page = (out / "study.md").read_text()
-    for word in ("13 of 13 runs", "## Untuned", "## After 256 tuned tokens", "| masks_frozen |"[:3], "animals"):
+    for word in ("8 of 8 runs", "## Untuned", "## After 256 tuned tokens", "| both |", "Over seeds", "animals"):
         assert word in page
     assert (out / "excess.png").stat().st_size > 5000 and (out / "domains.png").stat().st_size > 5000
 

@@ -19,10 +19,10 @@ from readme_jax import artifacts, cli, hf, study, study_page, study_result
 from readme_jax.carve import channels_of
 from readme_jax.config import require
 from readme_jax.metrics import Stopwatch, peak_memory, reset_peak_memory
-from readme_jax.study import ONE, Stage, StudyConfig
+from readme_jax.study import Stage, StudyConfig
 from readme_jax.train import alternate, calibrate, carve, evaluate, import_hf, masks, prepare
 
-PROGRAMS = {"carve": carve, "alternate": alternate, "masks": masks, "evaluate": evaluate}
+PROGRAMS = {"calibrate": calibrate, "carve": carve, "alternate": alternate, "masks": masks, "evaluate": evaluate}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,12 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     cfg, experts, _ = hf.read_config(out / "dense")
     require(experts is None, f"model={config.model} is carved already: a study begins with a dense model")
     for job in jobs:
-        channels_of(job.stages[0].config.fraction, cfg.mlp)  # what carving would refuse is refused now
+        channels_of(job.stages[1].config.fraction, cfg.mlp)  # what carving would refuse is refused now
     run.program("data", prepare, {"model": out / "dense", "data": config.seen, "out": out / "data"})
     if config.unseen:
         run.program("unseen", prepare, {"model": out / "dense", "data": config.held_out, "out": out / "unseen"})
-    sources = {"model": out / "dense", "data": out / "data"}
-    run.program("calibrate", calibrate, {**sources, "out": out / "statistics", **ONE})
     dense = study.evaluations(config, "dense")
     for stage in dense.values():
         run.stage(stage)
