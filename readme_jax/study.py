@@ -7,6 +7,7 @@ named by what decides its content: what two recipes have in common is run once.
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,21 @@ from readme_jax.alternate import AlternateConfig
 from readme_jax.calibrate import CalibrateConfig
 from readme_jax.carve import CarveConfig
 from readme_jax.config import ArtifactError, ConfigError, from_dict, load_yaml, require, to_dict
-from readme_jax.data import DataConfig
+from readme_jax.data import DataConfig, DomainConfig
 from readme_jax.evaluate import EvaluateConfig
 from readme_jax.masks import MasksConfig
+from readme_jax.quickstart import DOMAINS, SEQ
 
 ONE = {"mesh": {"data": 1}}  # steps of one record: one device, however many there are
 PACE = {"checkpoint": {"minutes": 2.0}}
 NONE = {"steps": 0, "batch": 1}  # a phase of `alternate` that is left out
+TEXT = DataConfig(
+    domains={name: DomainConfig(source="fallback") for name in DOMAINS},
+    seq=SEQ,
+    train_tokens=20480,
+    eval_tokens=1536,
+    calibration_tokens=1024,
+)
 ALWAYS = ("static", "paper")
 DRAWS = 2000
 CONFIGS = {
@@ -90,10 +99,10 @@ class StudyConfig:
 
     out: Path
     """Folder to work in; the same command goes on where an interrupted one stopped."""
-    data: DataConfig
-    """Domains, record length and tokens of each split."""
     recipes: tuple[Path, ...]
     """One YAML file a recipe, its name the file's: `static` and `paper` must be among them. `dense` is always there."""
+    data: DataConfig = TEXT
+    """Domains, record length and tokens of each split: the quickstart's domains unless the YAML names others."""
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Dense model: hub name, local folder or .gguf file."""
     unseen: tuple[str, ...] = ()
@@ -177,7 +186,9 @@ class Stage:
         return self.config.out
 
 
-def make_stage(out: Path, program: str, options: dict[str, Any], parents: dict[str, Stage | str], where: str) -> Stage:
+def make_stage(
+    out: Path, program: str, options: dict[str, Any], parents: Mapping[str, Stage | str], where: str
+) -> Stage:
     """The stage with these options and parents (another stage, or a folder's name below `out`); ConfigError, beginning
     with `where`, for what its program would refuse."""
     heads = {role: parent if isinstance(parent, str) else parent.key for role, parent in parents.items()}
