@@ -75,6 +75,11 @@ class Recipe:
         for part, taken in TAKEN.items():
             for key in taken:
                 require(key not in (getattr(self, part) or {}), f"{part}.{key}: the study sets it")
+        for part in ("masks", "experts"):
+            for key in ("batch", "accum"):
+                value = (getattr(self, part) or {}).get(key, 1)
+                whole = isinstance(value, int) and value >= 1
+                require(whole, f"{part}.{key}={value!r} must be a whole number of at least 1")
         alone = self.carve.get("carving") == "static"
         require(alone or self.router is not None, "router: missing; only carving=static has none")
         require(not alone or self.router is None, "router: has no meaning with carving=static, there is no choice")
@@ -135,7 +140,10 @@ class StudyConfig:
         for field in ("tokens", "seeds", "finalists", "unseen"):
             values = getattr(self, field)
             require(len(set(values)) == len(values), f"{field}={list(values)} names one twice")
-        require(len(self.seeds) > 0 and min(self.seeds) >= 0, f"seeds={list(self.seeds)}: at least one, none negative")
+        require(len(self.seeds) > 0, "seeds: at least one is needed")
+        require(
+            0 <= min(self.seeds) <= max(self.seeds) < 2**32 - 1, f"seeds={list(self.seeds)}: each in 0 .. 2**32 - 2"
+        )
         require(len(self.seeds) == 1 or len(self.finalists) > 0, "finalists: none, so a second seed has no meaning")
         for name in self.unseen:
             require(name in self.data.domains, f"unseen={name} is not one of data.domains")
@@ -222,7 +230,7 @@ def split_steps(recipe: Recipe, tokens: int, seq: int) -> tuple[int, int]:
             require(masks > 0, f"masks.share={recipe.masks.get('share')}: no step of {records} records")
     left = records - masks * size(recipe.masks)
     whole = left % step == 0 if recipe.experts is not None else left == 0
-    asked = f"{recipe.rounds} rounds of steps of {size(recipe.experts)}" if recipe.experts else "mask steps"
+    asked = f"{recipe.rounds} rounds of steps of {size(recipe.experts)}" if recipe.experts is not None else "mask steps"
     require(whole, f"tokens={tokens}: {left} records of {seq} tokens do not divide into {asked}")
     return masks, left // step if recipe.experts is not None else 0
 

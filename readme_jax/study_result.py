@@ -13,6 +13,7 @@ from readme_jax.study import Job, Recipe, Rows, Stage, StudyConfig, difference, 
 
 KINDS = ("calibration", "labels", "router", "masks", "experts")  # of tokens
 ONE_EXPERT = {"load_max_over_mean": 1.0, "entropy": 0.0, "keeps_previous": 1.0}  # one choice for every token
+NO_REGRET = {"regret": 0.0, "choice_cost": 0.0}  # of which no oracle knows a better one
 
 
 def collect(config: StudyConfig, recipes: dict[str, Recipe], jobs: list[Job], dense: dict[str, Stage]) -> dict:
@@ -69,7 +70,7 @@ def figures(job: Job, dense: dict[str, Rows], static: Job | None) -> dict[str, A
         if "oracle" in rows and "oracle_layers" in rows:
             entry["choice_cost"] = difference(rows["oracle"], rows["oracle_layers"])["mean"]
         routing = json.loads((stage.folder / "evaluation.json").read_text())["routing"]
-        entry |= {key: (routing or ONE_EXPERT)[key] for key in ONE_EXPERT}
+        entry |= {key: (routing or ONE_EXPERT)[key] for key in ONE_EXPERT} | ({} if routing else NO_REGRET)
     return entry
 
 

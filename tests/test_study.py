@@ -1,6 +1,7 @@
 """The study: recipes and their rules, token arithmetic, statistics, and the whole of it on a tiny model."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import tiny
 import yaml
 from stages import SEQ, jitted
 
-from readme_jax import study
+from readme_jax import study, study_result
 from readme_jax.config import ArtifactError, ConfigError, from_dict
 from readme_jax.study import Recipe, StudyConfig
 from readme_jax.train import study as program
@@ -152,6 +153,10 @@ def test_what_decides_a_folder(tmp_path, stages):
         (lambda r: r["domain"]["experts"].update(optim={"lr": -1}), r"recipe domain.experts.optim: lr=-1.0 must be"),
         (lambda r: r["domain"]["experts"].update(kd_wait=1), "recipe domain.experts.kd_wait: no such key"),
         (lambda r: r["domain"].update(calibrate={"window": 0.5}), "recipe domain.calibrate.window: "),
+        (lambda r: r["both"]["experts"].update(batch=0), "experts.batch=0 must be a whole number of at least 1"),
+        (lambda r: r["both"]["masks"].update(accum="two"), "masks.accum='two' must be a whole number of at least 1"),
+        (lambda r: r["both"]["experts"].pop("batch"), "recipe both.experts.batch: missing"),
+        (lambda r: r["both"].update(carve="domain"), "both.yaml: carve: expected a mapping"),
         (lambda r: r["both"]["masks"].update(lr=0), "recipe both.masks: lr=0.0 must be positive"),
         (lambda r: r["both"]["masks"].update(share=1), "masks.share=1 must be above 0 and below 1"),
         (lambda r: r["both"]["masks"].update(share=0.01), "recipe both: masks.share=0.01: no step of 8 records"),
@@ -189,7 +194,8 @@ def test_bad_recipes_are_one_line_before_any_work(tmp_path, stages, change, says
         (dict(default="best"), "default=best is not one of the recipes"),
         (dict(finalists=["best"]), "finalists=best is not one of the recipes"),
         (dict(seeds=[0, 1]), "finalists: none, so a second seed has no meaning"),
-        (dict(seeds=[-1]), "at least one, none negative"),
+        (dict(seeds=[-1]), "seeds=.-1.: each in 0 .. "),
+        (dict(seeds=[]), "seeds: at least one is needed"),
         (dict(bounds=["magic"]), "bounds.arms.1.: 'magic' is not one of"),
     ],
 )
@@ -250,6 +256,29 @@ def test_static_gap_is_positive_when_better():
     assert found["excess"] == pytest.approx(0.6) and found["ci"] == pytest.approx([0.5, 0.7])
     assert study.quality(static, dense, static)["static_gap"] == 0
     assert "static_gap" not in study.quality(better, dense, None)
+
+
+def evaluated(folder, routing, **arms):
+    """A stage whose evaluation has these losses of two records, by arm."""
+    folder.mkdir()
+    records = {arm: rows([loss_N]) for arm, loss_N in arms.items()}
+    (folder / "evaluation.json").write_text(json.dumps({"records": records, "routing": routing}))
+    return study.Stage("evaluate", folder.name, SimpleNamespace(out=folder), {})
+
+
+def test_regret_is_what_an_oracle_gains(tmp_path):
+    dense = {"test": rows([[2.0, 2.0]])}
+    routing = {"load_max_over_mean": 1.2, "entropy": 0.5, "keeps_previous": 0.8, "load": []}
+    arms = dict(routed=[3.0, 3.2], oracle=[2.9, 3.0], oracle_layers=[2.9, 2.98])
+    static = study.Job("static", 0, 0, [], {"test": evaluated(tmp_path / "s", None, routed=[3.5, 3.5])})
+    job = study.Job("domain", 0, 0, [], {"test": evaluated(tmp_path / "d", routing, **arms)})
+    found = study_result.figures(job, dense, static)
+    assert found["regret"] == pytest.approx(0.15) and found["choice_cost"] == pytest.approx(0.01)
+    assert found["load_max_over_mean"] == 1.2 and found["static_gap"] == pytest.approx(0.4)
+    alone = study_result.figures(static, dense, static)
+    assert alone["regret"] == alone["choice_cost"] == alone["static_gap"] == 0 and alone["load_max_over_mean"] == 1
+    short = study.Job("domain", 0, 0, [], {"test": evaluated(tmp_path / "r", routing, routed=[3.0, 3.2])})
+    assert "regret" not in study_result.figures(short, dense, None), "nobody asked the oracle"
 
 
 # ---- the whole of it --------------------------------------------------------------------------
