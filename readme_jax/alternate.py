@@ -2,25 +2,28 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from readme_jax import artifacts, distributed
+from readme_jax import artifacts, distributed, hf, placement
 from readme_jax.checkpoint import CheckpointConfig
-from readme_jax.config import ExpertConfig, RouterConfig, free, require, to_dict
+from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, free, require, to_dict
 from readme_jax.data import Records
 from readme_jax.distributed import HostsConfig
 from readme_jax.labels import LabelConfig
 from readme_jax.loop import ProfileConfig
 from readme_jax.metrics import extra
+from readme_jax.models import router
 from readme_jax.models.backbone import Params, Remat
 from readme_jax.optim import OptimConfig, cast
 from readme_jax.sharding import MeshConfig, batch_devices, model_devices
-from readme_jax.steps import Tuned, Way, split_tuned
+from readme_jax.steps import Phase, Tuned, Way, split_tuned
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,9 @@ class ExpertPhase:
     """Weight of forward KL to the model in `model`, all its channels on, frozen (temperature 1)."""
     ce_weight: float = 0.0
     """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
+    refit: int = 0
+    """Before the first step, w_down is solved in closed form on the batches of this many steps (`refit.py`); they are
+    the first ones that will be trained on, so no other text is seen. 0: it is not."""
     tuned: Tuned = "all"
     """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
     way: Way = "masked"
@@ -93,6 +99,7 @@ class ExpertPhase:
         weights = (self.kd_weight, self.ce_weight)
         require(min(weights) >= 0 and sum(weights) > 0, f"kd_weight={weights[0]}, ce_weight={weights[1]}: not both 0")
         require(self.head_chunk >= 1, f"head_chunk={self.head_chunk} must be at least 1")
+        require(self.refit >= 0, f"refit={self.refit} must not be negative")
         require(self.teacher_topk >= 0, f"teacher_topk={self.teacher_topk} must not be negative")
         distilled = self.kd_weight > 0 and self.steps > 0
         needs = f"teacher_topk={self.teacher_topk} needs kd_weight > 0 and steps > 0: nothing is distilled"
@@ -146,7 +153,8 @@ class AlternateConfig:
             require(phase.steps >= 0, f"{name}.steps={phase.steps} must not be negative")
             require(phase.batch >= 1 and phase.accum >= 1, f"{name}: batch and accum must be at least 1")
         require(
-            self.router.steps + self.experts.steps > 0, "router.steps and experts.steps are both 0: nothing to train"
+            self.router.steps + self.experts.steps + self.experts.refit > 0,
+            "router.steps, experts.steps and experts.refit are all 0: nothing to train",
         )
         kind = self.experts.teacher_dtype
         require(
@@ -172,6 +180,11 @@ class AlternateConfig:
         return (
             "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
         )
+
+    def refits(self, tick: int) -> bool:
+        """True when w_down is solved before the global step `tick`: the experts' first, or the end without any."""
+        first = self.router.steps if self.experts.steps else self.total
+        return self.experts.refit > 0 and tick == first
 
     @property
     def total(self) -> int:
@@ -221,6 +234,7 @@ def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> 
     choice = not alone or config.router.steps == 0
     require(choice, "router.steps must be 0 for a model with one expert: there is no choice")
     require(tied or config.experts.kd_weight == 0, "kd_weight needs the dense teacher, which separate storage has not")
+    require(tied or not config.experts.refit, "experts.refit needs the dense model, which separate storage has not")
     require(tied or config.router.steps == 0, "router.steps needs labels of a dense run; separate storage has none")
     require(not tied or way != "parallel", "experts.way=parallel needs separate experts: `readme-jax separate`")
     if config.labelled:
@@ -264,6 +278,36 @@ def check_processes(config: AlternateConfig) -> None:
         name, first, here = artifacts.innermost("", told[0], other)
         same = "every process needs the same config and versions"
         require(first == here, f"{name}={here!r} in process {process}, {first!r} in process 0: {same}")
+
+
+def fresh_router(config: AlternateConfig, cfg: ModelConfig, experts: ExpertConfig) -> tuple[RouterConfig, Params]:
+    """Size and parameters of an untrained router; ConfigError when no step would train it."""
+    require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
+    embedding_VD = hf.read_top(hf.Reader(config.model), cfg)["embedding"]  # mapped: its first columns are read
+    params = router.init_params(config.router.shape, embedding_VD, experts.experts, config.seed)
+    return config.router.shape, params
+
+
+def write(
+    config: AlternateConfig,
+    work: artifacts.Work,
+    params: Params,
+    experts: ExpertConfig,
+    table_LEC: np.ndarray,
+    router_cfg: RouterConfig | None,
+    phases: dict[str, Phase],
+) -> None:
+    """The tuned model folder in place of the training state."""
+    router_params = phases["router"].params if "router" in phases else None
+    cfg, _, _ = hf.read_config(config.model)
+    placement.save_sharded(work.path, cfg, params, experts=table_LEC, router=router_params)
+    if not distributed.is_main():
+        return
+    base = json.loads((config.model / "config.json").read_text())
+    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype=config.experts.optim.params)
+    artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
+    hf.copy_side_files(config.model, work.path)
+    work.scratch.append("checkpoints")
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ find each other (see `hosts`).
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable
 
 import jax
@@ -20,16 +19,26 @@ import numpy as np
 
 from readme_jax import artifacts, cli, distributed, flops, hf, optim, placement, steps
 from readme_jax.accelerators import peak_flops
-from readme_jax.alternate import AlternateConfig, building, check_extras, check_processes, records_of, student_of
+from readme_jax.alternate import (
+    AlternateConfig,
+    building,
+    check_extras,
+    check_processes,
+    fresh_router,
+    records_of,
+    student_of,
+    write,
+)
 from readme_jax.alternate import check as check_config
 from readme_jax.checkpoint import Checkpoints
-from readme_jax.config import Stopped, require
+from readme_jax.config import Stopped
 from readme_jax.data import Batches, open_records
 from readme_jax.loop import Ahead, Profiler, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss, TopK
 from readme_jax.metrics import Metrics, Pace, peak_memory
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import make_table
+from readme_jax.refit import refit_phase
 from readme_jax.routed import Prepared, RoutedBatches, compile_ahead, likely_batches, output
 from readme_jax.sharding import use_mesh
 from readme_jax.teacher import ask_teacher
@@ -86,10 +95,7 @@ def train(
     assert table_LEC is not None
     table = make_table(table_LEC, cfg.mlp)
     if not alone and router_params is None:
-        require(config.router.steps > 0, f"model={config.model} has no router and router.steps is 0")
-        router_cfg = config.router.shape
-        embedding_VD = hf.read_top(hf.Reader(config.model), cfg)["embedding"]  # mapped: its first columns are read
-        router_params = router.init_params(router_cfg, embedding_VD, experts.experts, config.seed)
+        router_cfg, router_params = fresh_router(config, cfg, experts)
     # ---- what the frozen model says, once; where nothing asks it any more, the student takes its place
     dtype = jnp.dtype(config.dtype)
     label = steps.make_label(cfg, config.router.labels, dtype)
@@ -162,19 +168,26 @@ def train(
             current = steps.join(phases["experts"].params, frozen)
             return batch | {"target": run(label_all, current, table, batch["ids"], batch["segments"])}
 
+        def chooser():
+            return phases["router"].params if route is not None else None
+
+        def refit(tick: int) -> None:
+            if config.refits(tick):
+                fitted = cfg, phases["experts"], frozen, table, batches["experts"], config.experts.refit
+                phases["experts"] = refit_phase(*fitted, route, chooser())
+
         with pace.waiting("compile"):
-            chooser = phases["router"].params if route is not None else None
             to_label = functools.partial(labelled, run=output)
-            compile_ahead(prepared, arguments, likely_batches(config, tick, batch_of, to_label, routed, chooser))
+            compile_ahead(prepared, arguments, likely_batches(config, tick, batch_of, to_label, routed, chooser()))
         # ---- loop
         profiler = stack.enter_context(contextlib.closing(Profiler(config.profile, work.path / "profile")))
         timer, agreement = Timer(config.checkpoint.minutes), distributed.Agreement()
         stack.enter_context(jax.transfer_guard_host_to_device("disallow"))
         while tick < config.total:
+            refit(tick)
             name, load = config.at(tick)[0], {}
             if name == "experts":
-                chooser = phases["router"].params if route is not None else None
-                batch, load["load"] = routed.take(tick, chooser, last=config.ends_phase(tick))
+                batch, load["load"] = routed.take(tick, chooser(), last=config.ends_phase(tick))
             else:
                 batch = ahead(tick)
                 with pace.calling():
@@ -195,25 +208,12 @@ def train(
             if wish == STOP:
                 checkpoints.wait()
                 raise Stopped(f"stopped by {stop.asked or 'another process'}; saved at step {tick} of {config.total}")
+        refit(tick)
     # ---- result
     work.scratch += [name for cache in caches.values() for name in cache.files]
     write(config, work, steps.join(phases["experts"].params, frozen), experts, table_LEC, router_cfg, phases)
     ran = {name: plan[name].steps * config.rounds * seen[name].tokens for name in plan}
     work.info |= {"tokens": ran, **watch.speeds(ran), **peak_memory()}
-
-
-def write(config: AlternateConfig, work: artifacts.Work, params, experts, table_LEC, router_cfg, phases) -> None:
-    """The tuned model folder in place of the training state."""
-    cfg, _, _ = hf.read_config(config.model)
-    router_params = phases["router"].params if router_cfg is not None else None
-    placement.save_sharded(work.path, cfg, params, experts=table_LEC, router=router_params)
-    if not distributed.is_main():
-        return
-    base = json.loads((config.model / "config.json").read_text())
-    hf_config = hf.config_to_hf(cfg, base, experts=experts, router=router_cfg, dtype=config.experts.optim.params)
-    artifacts.write_text(work.path / "config.json", json.dumps(hf_config, indent=2) + "\n")
-    hf.copy_side_files(config.model, work.path)
-    work.scratch.append("checkpoints")
 
 
 if __name__ == "__main__":

@@ -189,6 +189,24 @@ def windows(cfg: ModelConfig) -> jax.Array | None:
     return jnp.array(cfg.windows, jnp.int32) if any(cfg.windows) else None
 
 
+def packed(cfg: ModelConfig, segments_BT: jax.Array) -> Callable:
+    """run(x_BTD, block, window, ffn) -> (x_BTD, what ffn saw): one block over packed records, whose positions and
+    attention mask are computed here, once for all blocks. block: see `gathered`; window: its entry of `windows`."""
+    positions_BT = positions(segments_BT)
+    rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
+    mask_BTT = packed_mask(segments_BT)
+    scale = cfg.head_dim**-0.5
+
+    def run(x_BTD: jax.Array, block: Block, window: jax.Array | None, ffn: Callable) -> tuple[jax.Array, Any]:
+        def attend(q, k, v):
+            limit = windowed(mask_BTT, positions_BT, positions_BT, window) if any(cfg.windows) else mask_BTT
+            return attention(q, k, v, limit, scale)
+
+        return block(x_BTD, rope, attend, ffn)
+
+    return run
+
+
 def forward(
     cfg: ModelConfig,
     params: Params,
@@ -207,25 +225,17 @@ def forward(
     tap(h_BTF, layer, layer's table or None) is called on the input of down_proj in a dense run; its outputs come back
     stacked [L, ...].
     """
-    positions_BT = positions(segments_BT)
-    rope = rope_tables(positions_BT, cfg.head_dim, cfg.rope_theta, cfg.rope_scaling)
-    mask_BTT = packed_mask(segments_BT)
-    scale = cfg.head_dim**-0.5
+    run = packed(cfg, segments_BT)
 
     def body(x_BTD, layer_inputs):
         layer, layer_table, window = layer_inputs
-        layer = gathered(cfg, layer, x_BTD.dtype)
-
-        def attend(q, k, v):
-            limit = windowed(mask_BTT, positions_BT, positions_BT, window) if any(cfg.windows) else mask_BTT
-            return attention(q, k, v, limit, scale)
 
         def ffn(y_BTD, block):
             if tap is not None:
                 return experts.dense(y_BTD, block, layer_table, tap)
             return experts.run(y_BTD, block, layer_table, route), None
 
-        return layer(x_BTD, rope, attend, ffn)
+        return run(x_BTD, gathered(cfg, layer, x_BTD.dtype), window, ffn)
 
     as_stored = batch_devices() == 1 and params["layers"]["w_q"].dtype == dtype
     if remat != "none" or not as_stored:

@@ -94,7 +94,8 @@ def _gated(gate_BTF: jax.Array, up_BTF: jax.Array, keep_BTF: jax.Array | None) -
     return h_BTF * keep_BTF.astype(h_BTF.dtype) if learned else jnp.where(keep_BTF, h_BTF, 0)
 
 
-def _down(h_BTF: jax.Array, layer, rows: slice = slice(None)) -> jax.Array:
+def down(h_BTF: jax.Array, layer, rows: slice = slice(None)) -> jax.Array:
+    """down_proj of hidden activations [B, T, F] (or of the channels `rows`), with its bias: [B, T, D]."""
     (b, t, _), w_FD = h_BTF.shape, layer.w_down[...][rows].astype(h_BTF.dtype)
     y_MD = jnp.einsum("mf,fd->md", flat(h_BTF), w_FD, out_sharding=jax.P(OUTPUT[0], None))
     y_BTD = jnp.reshape(y_MD, (b, t, w_FD.shape[1]), out_sharding=OUTPUT)
@@ -105,7 +106,7 @@ def dense(x_BTD: jax.Array, layer, table: ExpertTable | None = None, tap=None):
     """The FFN with all channels. Returns (y_BTD, tap(h_BTF, layer, table) or None)."""
     h_BTF = activate(x_BTD, layer)
     seen = None if tap is None else tap(h_BTF, layer, table)
-    return _down(h_BTF, layer), seen
+    return down(h_BTF, layer), seen
 
 
 def masked(x_BTD: jax.Array, layer, mask_EU: jax.Array, expert_BT: jax.Array) -> jax.Array:
@@ -113,7 +114,7 @@ def masked(x_BTD: jax.Array, layer, mask_EU: jax.Array, expert_BT: jax.Array) ->
     used = mask_EU.shape[-1]
     rows = slice(None) if used == layer.w_gate[...].shape[0] else slice(0, used)
     keep_BTU = mask_EU.at[expert_BT].get(out_sharding=HIDDEN)
-    return _down(activate(x_BTD, layer, keep_BTU, rows), layer, rows)
+    return down(activate(x_BTD, layer, keep_BTU, rows), layer, rows)
 
 
 @jax.custom_vjp
