@@ -390,10 +390,13 @@ def test_evaluate(stages, refused, tmp_path):
     )
     evaluate(["agreement=true", "one choice for every token"], stages.static, "--agreement")
     evaluate(["labels: have no meaning without agreement=true"], stages.tuned, "--labels.kind", "overlap")
+    evaluate(["arm oracle", "one choice for every token"], stages.static, "--arms", "oracle")
+    evaluate(["a dense model has only the arm dense"], stages.dense, "--arms", "oracle_layers")
     evaluate(["agreement=true needs the arms dense and routed"], stages.tuned, "--agreement", "--arms", "dense")
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)
+    evaluate(["arm oracle_layers: separate storage has no dense form"], separate, "--arms", "routed", "oracle_layers")
 
 
 def test_generate(stages, refused):
