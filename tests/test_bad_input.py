@@ -363,6 +363,7 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate(["experts.batch=1000000000, experts.accum=1: the phase has only"], experts__batch=10**9)
     rule = ["router.batch=4, router.accum=1: the phase has only 3 records"]
     alternate(rule, router__records=1, router__batch=4)
+    alternate(["router: balance=-1.0 must be finite and at least 0"], router__balance=-1.0)
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     alternate(["kd_weight needs the dense teacher"], model=separate, router__steps=0)
