@@ -191,8 +191,10 @@ def train_steps(run: Run) -> dict[str, Step]:
                 found["label"] = Step(label_all, arguments, False, 2, asked)
             shape = (tuning.accum, tuning.batch, run.seq, run.experts.experts)
             batch["target"] = shaped(shape, jnp.float32, jax.P(*MICRO, None))
-            step = steps.make_router_step(run.router, cfg.rope_theta, tx)
-            found["router"] = Step(step, (choosing, batch), True, 1, ("router", cfg, run.router, tuning.optim))
+            step = steps.make_router_step(run.router, cfg.rope_theta, tx, tuning.balance)
+            found["router"] = Step(
+                step, (choosing, batch), True, 1, ("router", cfg, run.router, tuning.optim, tuning.balance)
+            )
         if chosen.steps:
             batch = tokens(chosen.accum, chosen.batch, run.seq)
             route = steps.make_route(run.router, cfg.rope_theta)

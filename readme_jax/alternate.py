@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -52,7 +53,11 @@ class RouterPhase:
     """Records of one labelling pass; a multiple of the mesh's batch devices. With teacher=current a microbatch is
     labelled at a time, and this must stay 1."""
 
+    balance: float = 0.0
+    """Weight of a load-balance term (`losses.balance_loss`) beside the labels' loss, in nats. 0: none (paper)."""
+
     def __post_init__(self):
+        require(0 <= self.balance < math.inf, f"balance={self.balance} must be finite and at least 0")
         cached = self.teacher == "original"
         require(self.label_batch >= 1, f"label_batch={self.label_batch} must be at least 1")
         require(cached or self.label_batch == 1, f"label_batch={self.label_batch} has no meaning with teacher=current")

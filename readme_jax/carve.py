@@ -15,8 +15,9 @@ import numpy as np
 
 from readme_jax import artifacts, hf
 from readme_jax.config import ArtifactError, CheckpointError, ExpertConfig, ModelConfig, RouterConfig, require
+from readme_jax.discover import DiscoverConfig, discover, top
 from readme_jax.routing import membership
-from readme_jax.statistics import Importance, Statistics, importance, load_statistics, merged
+from readme_jax.statistics import Importance, Statistics, importance, load_statistics, load_windows, merged
 from readme_jax.statistics import save_statistics as save_statistics
 
 EXPERTS = "readme.experts"
@@ -39,8 +40,11 @@ class CarveConfig:
     """Share of the FFN channels that one expert keeps, above 0 and at most 1."""
     importance: Importance = "mean_abs"
     """What ranks channels: mean |h| (paper), mean |h| times the norm of the down column, or mean share of energy."""
-    carving: Literal["domain", "static"] = "domain"
-    """`domain`: one expert a domain (paper). `static`: one mask for all text, the baseline."""
+    carving: Literal["domain", "static", "discovered"] = "domain"
+    """`domain`: one expert a domain (paper). `static`: one mask for all text, the baseline. `discovered`: experts of
+    windows of text that fire alike, whatever their domain; needs statistics with windows and importance=energy."""
+    discover: DiscoverConfig = DiscoverConfig()
+    """How carving=discovered finds them."""
     storage: Literal["tied", "separate"] = "tied"
     """`tied`: experts are views of one FFN. `separate`: every expert owns its rows (the paper's export form)."""
     merge: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
@@ -50,7 +54,11 @@ class CarveConfig:
 
     def __post_init__(self):
         require(0 < self.fraction <= 1, f"fraction={self.fraction} must be above 0 and at most 1")
-        static = self.carving == "static"
+        static, discovered = self.carving == "static", self.carving == "discovered"
+        require(discovered or self.discover == DiscoverConfig(), "discover: has no meaning without carving=discovered")
+        energy = not discovered or self.importance == "energy"
+        require(energy, f"carving=discovered ranks by kept energy: importance={self.importance} must be energy")
+        require(not (self.merge and discovered), "merge: has no meaning with carving=discovered: there are no domains")
         require(not (self.merge and static), "merge: has no meaning with carving=static, which makes one expert")
         require(
             not self.weights or static or bool(self.merge), "weights: need carving=static or merge; nothing is averaged"
@@ -88,8 +96,7 @@ def choose(
     if carving == "static":
         weights_M = np.ones(len(importance_MLF)) if weights_M is None else np.asarray(weights_M, np.float64)
         importance_MLF = np.tensordot(weights_M / weights_M.sum(), importance_MLF.astype(np.float64), 1)[None]
-    ranked_MLF = np.argsort(-importance_MLF, axis=-1, kind="stable")  # stable: equal values keep the order of ids
-    return np.sort(ranked_MLF[..., :channels], axis=-1).swapaxes(0, 1).astype(np.int32)
+    return top(importance_MLF, channels)
 
 
 def permutation(experts_EC: np.ndarray, mlp: int) -> np.ndarray:
@@ -160,25 +167,30 @@ def carve(config: CarveConfig, *, progress: Progress = iter) -> dict:
     reader = hf.Reader(config.model)
     hf.check(reader, cfg)
     channels = channels_of(config.fraction, cfg.mlp)
-    stats = _by_expert(load_statistics(config.statistics), cfg, config)
-    norm_LF = _down_norms(reader, cfg) if config.importance == "mean_abs_norm" else None
-    dense_LEC = choose(importance(stats, config.importance, norm_LF), channels)
+    stats, found = _by_expert(load_statistics(config.statistics), cfg, config), {}
+    names = stats.names
+    if config.carving == "discovered":
+        dense_LEC, found["discovered"] = _discovered(config, names, (cfg.layer, cfg.mlp), channels)
+        names = tuple(f"expert{e}" for e in range(dense_LEC.shape[1]))
+    else:
+        norm_LF = _down_norms(reader, cfg) if config.importance == "mean_abs_norm" else None
+        dense_LEC = choose(importance(stats, config.importance, norm_LF), channels)
     rows_LF = np.stack([permutation(experts_EC, cfg.mlp) for experts_EC in dense_LEC])
     table_LEC = np.stack([relabel(experts_EC, rows_F) for experts_EC, rows_F in zip(dense_LEC, rows_LF)])
     if config.storage == "separate":
         rows_LF = np.take_along_axis(rows_LF, table_LEC.reshape(cfg.layer, -1), axis=1)
         table_LEC = separate_table(table_LEC)
     experts = ExpertConfig(
-        experts=len(stats.names),
+        experts=len(names),
         channels=channels,
         storage=config.storage,
-        names=stats.names,
+        names=names,
         importance=config.importance,
         carving=config.carving,
     )
     with artifacts.building(config.out, "carve", config, parents) as work:
         error = _write(work.path, reader, cfg, experts, None, dense_LEC, rows_LF, table_LEC, progress)
-        work.info |= {"names": list(stats.names), "channels": channels, "mlp": cfg.mlp, "error": error}
+        work.info |= {"names": list(names), "channels": channels, "mlp": cfg.mlp, "error": error, **found}
         work.info |= overlap_statistics(dense_LEC, cfg.mlp)
     return work.info
 
@@ -281,6 +293,20 @@ def _by_expert(stats: Statistics, cfg: ModelConfig, config: CarveConfig) -> Stat
     return merged(stats, config.merge or {name: (name,) for name in stats.names}, config.weights)
 
 
+def _discovered(
+    config: CarveConfig, domains: tuple[str, ...], shape_LF: tuple[int, int], channels: int
+) -> tuple[np.ndarray, dict]:
+    """The table of `discover` on the windows of the statistics, and what to tell of it."""
+    windows = load_windows(config.statistics)
+    stored = windows.share_WLF.shape[1:]
+    require(stored == shape_LF, f"statistics={config.statistics}: windows of {stored}, model={config.model} {shape_LF}")
+    table_LEC, owner_W, rounds = discover(config.discover, windows, channels)
+    count_ME = np.zeros((len(domains), table_LEC.shape[1]), np.int64)
+    np.add.at(count_ME, (windows.domain_W, owner_W), 1)
+    by_domain = dict(zip(domains, count_ME.tolist(), strict=True))
+    return table_LEC, {"rounds": rounds, "settled": rounds[-1]["moved"] == 0, "windows": by_domain}
+
+
 def _down_norms(reader: hf.Reader, cfg: ModelConfig) -> np.ndarray:
     """||w_down_j|| float32 [L, F]."""
     layers = (layer["w_down"].astype(np.float32) for _, layer in hf.iter_layers(reader, cfg))
@@ -324,7 +350,14 @@ def _write(
 def describe(info: dict) -> str:
     """Three lines for a terminal from the figures that `carve` returns."""
     names, channels, mlp = info["names"], info["channels"], info["mlp"]
-    return (
+    discovered = ""
+    if "discovered" in info:
+        rounds = info["discovered"]["rounds"]
+        first, last = rounds[0], rounds[-1]
+        settled = "settled" if info["discovered"]["settled"] else f"{last['moved']:.1%} of windows still moving"
+        load = f"load max/mean {last['load_max_over_mean']:.2f}"
+        discovered = f"{len(rounds)} rounds, {settled}: kept energy {first['kept']:.2%} to {last['kept']:.2%}, {load}\n"
+    return discovered + (
         f"{len(names)} expert(s) of {channels} of {mlp} channels: {', '.join(names)}\n"
         f"in all experts {info['shared_share']:.0%} of an expert, in any {info['union_share']:.0%} of the FFN, "
         f"mean pairwise overlap {info['pairwise_overlap']:.0%}\n"

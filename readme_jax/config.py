@@ -150,8 +150,8 @@ class ModelConfig:
 class ExpertConfig:
     """What a carved model knows of its experts beside the table itself.
 
-    `names` has one entry an expert (the domain it was carved from). `storage`: `tied` experts are views of one dense
-    FFN; `separate` experts own their rows, expert-major, F = experts * channels.
+    `names` has one entry an expert (the domain it was carved from; expert0 .. of discovered ones). `storage`: `tied`
+    experts are views of one dense FFN; `separate` experts own their rows, expert-major, F = experts * channels.
     """
 
     experts: int
@@ -159,7 +159,7 @@ class ExpertConfig:
     storage: Literal["tied", "separate"]
     names: tuple[str, ...]
     importance: Literal["mean_abs", "mean_abs_norm", "energy"]
-    carving: Literal["domain", "static", "learned"]
+    carving: Literal["domain", "static", "discovered", "learned"]
 
     def __post_init__(self):
         require(self.experts >= 1, f"experts={self.experts} must be at least 1")

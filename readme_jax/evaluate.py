@@ -16,7 +16,8 @@ from readme_jax.models import backbone
 from readme_jax.models.experts import Masked
 from readme_jax.sharding import MeshConfig
 
-Arm = Literal["dense", "own_domain", "routed"]
+Arm = Literal["dense", "own_domain", "routed", "oracle", "oracle_layers"]
+ORACLES = ("oracle", "oracle_layers")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,14 +32,16 @@ class EvaluateConfig:
     """Folder to write evaluation.json to."""
     arms: tuple[Arm, ...] = ("dense", "routed")
     """`dense`: all channels. `own_domain`: every token takes the expert named like its domain. `routed`: the router's
-    choice (expert 0 of a model with one expert)."""
+    choice (expert 0 of a model with one expert). Bounds of any router, from labels of a dense run of the same weights
+    (kind energy: the share of the FFN output's energy that an expert keeps): `oracle` gives a token its best expert in
+    the mean over layers, `oracle_layers` its best one in each layer."""
     router: Path | None = None
     """Take the router of this folder instead of the model's own; its experts must be the same."""
     agreement: bool = False
     """With the arms `dense` and `routed`: also label every token in the dense run, and report how often the router
     agrees."""
     labels: LabelConfig = LabelConfig()
-    """What the label of a token is, for `agreement`."""
+    """What the label of a token is, for `agreement` and the oracles."""
     batch: int = 1
     """Records of one forward pass; a multiple of the mesh's batch devices."""
     mesh: MeshConfig = free(MeshConfig())
@@ -51,16 +54,23 @@ class EvaluateConfig:
         require(
             both or not self.agreement, "agreement=true needs the arms dense and routed: their choices are compared"
         )
-        require(self.agreement or self.labels == LabelConfig(), "labels: have no meaning without agreement=true")
+        unasked = "labels: have no meaning without agreement=true or an oracle's arm"
+        require(self.labelled or self.labels == LabelConfig(), unasked)
         require(self.router is None or "routed" in self.arms, "router: has no meaning without the arm routed")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
+
+    @property
+    def labelled(self) -> bool:
+        """True when every token is labelled in a dense run."""
+        return self.agreement or any(arm in self.arms for arm in ORACLES)
 
 
 def make_losses(cfg: ModelConfig, labels: LabelConfig | None = None, *, chunk: int = 128, dtype=jnp.float32):
     """jitted (params, table | None, ids_BT, segments_BT, route | None) -> (loss sums [B], weights [B], labels).
 
-    Next-token loss in nats summed over each row's tokens, with the number of tokens. labels int32 [B, T]: the expert
-    with the best score in a dense run, None unless `labels` is given and there is no route.
+    Next-token loss in nats summed over each row's tokens, with the number of tokens. labels: of a dense run, by the
+    name of the oracle, the expert with the best score, int32 [B, T], and that with the best one in each layer, int32
+    [L, B, T]; empty unless `labels` is given and there is no route.
     """
 
     @jax.jit
@@ -68,11 +78,12 @@ def make_losses(cfg: ModelConfig, labels: LabelConfig | None = None, *, chunk: i
         target_BT, weight_BT = losses.next_token(ids_BT, segments_BT)
         tap = label_tap(labels) if labels is not None and route is None else None
         x_BTD, seen = backbone.forward(cfg, params, ids_BT, segments_BT, table=table, route=route, tap=tap, dtype=dtype)
-        label_BT = None
+        best: dict[Arm, jax.Array] = {}
         if tap is not None and labels is not None:
-            label_BT = jnp.argmax(combine_layers(seen, labels), -1).astype(jnp.int32)
+            scores: dict[Arm, jax.Array] = {"oracle": combine_layers(seen, labels), "oracle_layers": seen}
+            best = {name: jnp.argmax(score, -1).astype(jnp.int32) for name, score in scores.items()}
         loss_B, weight_B = losses.token_loss(backbone.head_weight(params), x_BTD, target_BT, weight_BT, chunk)
-        return loss_B, weight_B, label_BT
+        return loss_B, weight_B, best
 
     return evaluate
 

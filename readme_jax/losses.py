@@ -25,6 +25,19 @@ def router_loss(logits_BTE: jax.Array, target_BTE: jax.Array, weight_BT: jax.Arr
     return jnp.sum(per_token_BT * weight_BT), jnp.sum(weight_BT)
 
 
+def balance_loss(logits_BTE: jax.Array, weight_BT: jax.Array) -> jax.Array:
+    """E * sum_e f_e P_e over weighted tokens: f_e the share of tokens whose arg max is e, without gradient, P_e the
+    mean probability of e. 1 when both are even, E when all tokens go to one expert (Switch Transformers, arXiv
+    2101.03961, equation 4; there a probability also scales the output, here it does not)."""
+    experts, tokens = logits_BTE.shape[-1], jnp.maximum(jnp.sum(weight_BT), 1)
+    first_BTE = jax.nn.one_hot(jnp.argmax(logits_BTE, -1), experts)
+    load_E, mean_E = (
+        jnp.sum(each_BTE * weight_BT[..., None], (0, 1)) / tokens
+        for each_BTE in (first_BTE, jax.nn.softmax(logits_BTE, -1))
+    )
+    return experts * jnp.sum(load_E * mean_E)
+
+
 def next_token(ids_BT: jax.Array, segments_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
     """(target ids [B, T], float32 weights [B, T]): the next token where it belongs to the same document, else 0."""
     following_BT = jnp.pad(segments_BT[:, 1:], ((0, 0), (0, 1)))

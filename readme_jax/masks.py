@@ -28,6 +28,8 @@ from readme_jax.routing import membership
 from readme_jax.sharding import put, spec
 from readme_jax.steps import Phase, accumulate, update
 
+WINDOW = 16  # tokens, of which one expert is taken to keep most
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MasksConfig:
@@ -74,30 +76,45 @@ def check(config: MasksConfig, experts: ExpertConfig | None, router: RouterConfi
     return experts
 
 
-def first_scores(importance_MLF: np.ndarray, table_LEC: np.ndarray, domains: tuple[str, ...], names: tuple[str, ...]):
+def first_scores(importance_ELF: np.ndarray, table_LEC: np.ndarray) -> np.ndarray:
     """float32 [L, E, F]: rank / F of each channel, highest best. The channels of an expert in the table lead, so that
-    the first masks are the table's; behind that they are ordered by importance in the expert's domain, or by the mean
-    over domains where no domain has its name."""
-    layers, mlp = importance_MLF.shape[1:]
-    scores_LEF = np.empty((layers, len(names), mlp), np.float32)
+    the first masks are the table's; behind that they are ordered by importance."""
+    experts, layers, mlp = importance_ELF.shape
+    scores_LEF = np.empty((layers, experts, mlp), np.float32)
     member_LEF = membership(table_LEC, mlp)
-    for e, name in enumerate(names):
-        own_LF = importance_MLF[domains.index(name)] if name in domains else importance_MLF.mean(0)
+    for e, own_LF in enumerate(importance_ELF):
         order_LF = np.lexsort((own_LF, member_LEF[:, e]), axis=-1)  # the last key leads, ascending
         np.put_along_axis(scores_LEF[:, e], order_LF, np.arange(mlp, dtype=np.float32) / mlp, axis=-1)
     return scores_LEF
 
 
-def importance(cfg: ModelConfig, params: Params, records: dict[str, Records]) -> np.ndarray:
-    """float32 [M, L, F]: mean share of each channel in the energy of a token's FFN output, by domain (METHOD 5)."""
-    statistics, shares = make_statistics(cfg), []
+def importance(
+    cfg: ModelConfig, params: Params, records: dict[str, Records], table_LEC: np.ndarray, names: tuple[str, ...]
+) -> np.ndarray:
+    """float32 [E, L, F]: how much a channel matters to an expert, its share in the energy of a token's FFN output
+    (METHOD 5), up to a factor. It is the mean over the domain that has the expert's name; where none has, over the
+    windows of text of which this expert keeps most, each domain counting the same (all text for one that has none)."""
+    layers, mlp = cfg.layer, cfg.mlp
+    statistics, by_domain = make_statistics(cfg, window=WINDOW), {}
+    member_EJ = membership(table_LEC, mlp).swapaxes(0, 1).reshape(len(names), -1).astype(np.float32)
+    own_EJ = np.zeros((len(names), layers * mlp), np.float32)
     for name, own in records.items():
-        sums = Accumulator(cfg.layer, cfg.mlp)
+        sums = Accumulator(layers, mlp)
         for batch in eval_batches({name: own}, 1):
             placed = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
-            sums.add(jax.device_get(statistics(params, *placed)), 0.0)
-        shares.append(sums.means()["share"])
-    return np.stack(shares)
+            found = jax.device_get(statistics(params, *placed))
+            sums.add(found, 0.0)
+            share_PJ = found["windows"][:, 0].astype(np.float32).swapaxes(0, 1).reshape(-1, layers * mlp)
+            best_P = np.argmax(share_PJ @ member_EJ.T, axis=1)
+            real_T = np.pad(batch["segments"][0] > 0, (0, -batch["segments"].shape[1] % WINDOW))
+            weight_P = np.count_nonzero(real_T.reshape(-1, WINDOW), axis=1) / np.count_nonzero(own.segments)
+            np.add.at(own_EJ, best_P, share_PJ * (weight_P / mlp)[:, None].astype(np.float32))
+        by_domain[name] = sums.means()["share"]
+    rest_LF = np.mean(list(by_domain.values()), axis=0)
+    own_ELF = own_EJ.reshape(-1, layers, mlp)
+    return np.stack([
+        by_domain.get(name, part_LF if part_LF.any() else rest_LF) for name, part_LF in zip(names, own_ELF)
+    ])  # fmt: skip
 
 
 def chosen(scores_LEF: jax.Array, channels: int) -> jax.Array:

@@ -16,6 +16,8 @@ from safetensors.numpy import save
 from readme_jax.config import ArtifactError, DataError, require
 
 STATISTICS = "statistics.safetensors"
+WINDOWS = "windows.safetensors"
+SHARES = "windows.npy"  # apart, to be mapped: an hour of calibration of a 7B model has more than a host holds
 
 Importance = Literal["mean_abs", "mean_abs_norm", "energy"]
 
@@ -67,6 +69,71 @@ def load_statistics(folder: Path) -> Statistics:
         require(value.shape == expected, f"{path}: {name} is {value.shape}, expected {expected}", ArtifactError)
         require(bool(np.isfinite(value).all()), f"{path}: {name} holds values that are not finite", ArtifactError)
     return Statistics(names=names, **values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Windows:
+    """What fires in short runs of calibration tokens: W windows of up to S tokens, in the order of the records.
+
+    share_WLF: float16, the mean over a window's tokens of a channel's share of the FFN output's energy, times F (1: an
+    even share); it may be mapped from a file. ids_WS: int32 token ids, -1 past the end. domain_W: int32 place of the
+    domain in the statistics' names. previous_W: int32 window before it in the same record, -1 for none.
+    """
+
+    share_WLF: np.ndarray
+    ids_WS: np.ndarray
+    domain_W: np.ndarray
+    previous_W: np.ndarray
+
+    @property
+    def tokens_W(self) -> np.ndarray:
+        """Tokens of each window, at least 1."""
+        return (self.ids_WS >= 0).sum(-1)
+
+
+def cut_windows(
+    folder: Path, records: Mapping[str, tuple[np.ndarray, np.ndarray]], size: int, shape_LF: tuple[int, int]
+) -> Windows:
+    """Lay the windows' files out in `folder` for calibration to fill share_WLF; one that is there is gone on with.
+
+    records: by domain, ids and segments [N, T]. Each record is cut every `size` tokens, padding (segment 0, at its end)
+    left out, whatever documents it is packed of.
+    """
+    ids, domains, previous, total = [], [], [], 0
+    for domain, (ids_NT, segments_NT) in enumerate(records.values()):
+        for ids_T, segments_T in zip(ids_NT, segments_NT):
+            count = -(-int(np.count_nonzero(segments_T)) // size)
+            padded = np.full(-(-len(ids_T) // size) * size, -1, np.int32)
+            padded[: len(ids_T)] = np.where(segments_T > 0, ids_T, -1)
+            ids.append(padded.reshape(-1, size)[:count])
+            domains.append(np.full(count, domain, np.int32))
+            previous.append(np.arange(total - 1, total + count - 1, dtype=np.int32))
+            previous[-1][:1] = -1
+            total += count
+    arrays = {"ids_WS": ids, "domain_W": domains, "previous_W": previous}
+    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    (Path(folder) / WINDOWS).write_bytes(save(arrays))
+    path, shape = Path(folder) / SHARES, (total, *shape_LF)
+    if not path.is_file() or np.load(path, mmap_mode="r").shape != shape:
+        np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
+    return Windows(share_WLF=np.load(path, mmap_mode="r+"), **arrays)
+
+
+def load_windows(folder: Path) -> Windows:
+    """Map what calibration with `window` above 0 wrote. ArtifactError when it is missing, damaged or misshapen."""
+    folder = Path(folder)
+    for name in (WINDOWS, SHARES):
+        require((folder / name).is_file(), f"{folder / name}: no such file; calibrate with window=16", ArtifactError)
+    try:
+        with safetensors.safe_open(folder / WINDOWS, "numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in ("ids_WS", "domain_W", "previous_W")}
+        share_WLF = np.load(folder / SHARES, mmap_mode="r")
+    except (safetensors.SafetensorError, ValueError, EOFError) as error:
+        raise ArtifactError(f"{folder}: windows not readable: {' '.join(str(error).split())}") from None
+    count = len(share_WLF)
+    good = share_WLF.ndim == 3 and all(len(a) == count for a in arrays.values()) and count > 0
+    require(good, f"{folder / SHARES}: is {share_WLF.shape}, not [W, L, F] of {WINDOWS}", ArtifactError)
+    return Windows(share_WLF=share_WLF, **arrays)
 
 
 def merged(stats: Statistics, groups: Mapping[str, Sequence[str]], weights: Mapping[str, float]) -> Statistics:

@@ -130,11 +130,12 @@ def make_route(router_cfg: RouterConfig, theta: float):
     return route
 
 
-def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation):
+def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientTransformation, balance: float = 0.0):
     """jitted (phase, batch) -> (phase, metrics). batch: ids, segments [A,B,T], target [A,B,T,E]. One compile.
 
     Among the metrics, means over tokens: agreement with the label's best expert, entropy (nats) of the router's
-    distribution, and load [E], the share of tokens that each expert is chosen for.
+    distribution, and load [E], the share of tokens that each expert is chosen for. balance: weight of
+    `losses.balance_loss` in each microbatch; it is then a metric too, and part of the loss.
     """
 
     def loss_fn(params, micro):
@@ -146,7 +147,11 @@ def make_router_step(router_cfg: RouterConfig, theta: float, tx: optax.GradientT
         entropy_BT = -jnp.sum(jax.nn.softmax(logits_BTE) * jax.nn.log_softmax(logits_BTE), -1)
         load_E = jnp.sum(jax.nn.one_hot(chosen_BT, logits_BTE.shape[-1]) * weight_BT[..., None], (0, 1))
         sums = {"agreement": hit_BT * weight_BT, "entropy": entropy_BT * weight_BT}
-        return total, (weight, {name: jnp.sum(each) for name, each in sums.items()} | {"load": load_E})
+        extra = {name: jnp.sum(each) for name, each in sums.items()} | {"load": load_E}
+        if balance:
+            extra["balance"] = weight * losses.balance_loss(logits_BTE, weight_BT)
+            total += balance * extra["balance"]
+        return total, (weight, extra)
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(phase: Phase, batch: dict[str, jax.Array]):

@@ -18,8 +18,8 @@ ORDER = """
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
     models.expert_kernels models.expert_pages models.paged
-    statistics calibrate carve labels losses optim steps masks evaluate loop refit alternate routed teacher flops
-    abstract jaxprs liveness planning
+    statistics calibrate discover carve labels losses optim steps masks evaluate loop refit alternate
+    routed teacher flops abstract jaxprs liveness planning
     generation api task_data tasks serving serving.request serving.pages serving.policies serving.scheduler
     serving.traces serving.trace_files serving.bank serving.eviction serving.residency serving.optimum serving.link
     serving.machines serving.report serving.options serving.simulate serving.study serving.paper serving.plots

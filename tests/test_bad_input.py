@@ -363,6 +363,7 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate(["experts.batch=1000000000, experts.accum=1: the phase has only"], experts__batch=10**9)
     rule = ["router.batch=4, router.accum=1: the phase has only 3 records"]
     alternate(rule, router__records=1, router__batch=4)
+    alternate(["router: balance=-1.0 must be finite and at least 0"], router__balance=-1.0)
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     alternate(["kd_weight needs the dense teacher"], model=separate, router__steps=0)
@@ -390,10 +391,13 @@ def test_evaluate(stages, refused, tmp_path):
     )
     evaluate(["agreement=true", "one choice for every token"], stages.static, "--agreement")
     evaluate(["labels: have no meaning without agreement=true"], stages.tuned, "--labels.kind", "overlap")
+    evaluate(["arm oracle", "one choice for every token"], stages.static, "--arms", "oracle")
+    evaluate(["a dense model has only the arm dense"], stages.dense, "--arms", "oracle_layers")
     evaluate(["agreement=true needs the arms dense and routed"], stages.tuned, "--agreement", "--arms", "dense")
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)
+    evaluate(["arm oracle_layers: separate storage has no dense form"], separate, "--arms", "routed", "oracle_layers")
 
 
 def test_generate(stages, refused):

@@ -61,12 +61,47 @@ def test_a_mask_of_floats_is_the_mask_of_bools():
 
 
 def test_the_first_scores_are_the_table_then_importance():
-    share_MLF = np.array([[[4.0, 3.0, 2.0, 1.0]], [[1.0, 2.0, 3.0, 5.0]]])
+    share_ELF = np.array([[[1.0, 2.0, 3.0, 5.0]], [[2.5, 2.5, 2.5, 3.0]]])
     table_LEC = np.array([[[1, 2], [0, 3]]])
-    scores_LEF = masks.first_scores(share_MLF, table_LEC, ("code", "news"), ("news", "both"))
-    # news: in the table 1 < 2, outside 0 < 3. both: means 2.5, 2.5, 2.5, 3
+    scores_LEF = masks.first_scores(share_ELF, table_LEC)  # first: in the table 1 < 2, outside 0 < 3
     np.testing.assert_array_equal(scores_LEF[0] * 4, [[0, 2, 3, 1], [2, 0, 1, 3]])
     np.testing.assert_array_equal(masks.table_of(jnp.array(scores_LEF), 2), table_LEC)
+
+
+def test_importance_is_of_the_own_domain_or_the_own_windows(stages):
+    """Names of domains: their statistics. Other names: the windows of text of which an expert keeps most."""
+    cfg, shape, _ = hf.read_config(stages.tuned)
+    assert shape is not None
+    records = open_records(stages.data, "calibration")
+    with use_mesh(MeshConfig(data=1)):
+        params, table_LEC, _ = placement.load_sharded(stages.tuned, backbone.param_specs(cfg), dtype=np.float32)
+        assert table_LEC is not None
+        whole = masks.importance(cfg, params, records, table_LEC, shape.names)
+        found = masks.importance(cfg, params, records, table_LEC, ("expert0", "expert1", "expert2"))
+        one = masks.importance(cfg, params, records, table_LEC[:, :1], ("static",))
+        share_MPLF = {name: [] for name in records}
+        for (name, own), mean_LF in zip(records.items(), whole[[shape.names.index(n) for n in records]]):
+            total_LF = 0
+            for ids_T, segments_T in zip(own.ids, own.segments):
+                batch = put(np.array(ids_T)[None]), put(np.array(segments_T)[None])
+                h_LTF = np.asarray(backbone.forward(cfg, params, *batch, tap=lambda h, layer, table: h)[1])[:, 0]
+                energy_LTF = h_LTF**2 * (np.asarray(params["layers"]["w_down"]) ** 2).sum(-1)[:, None]
+                share_LTF = energy_LTF / energy_LTF.sum(-1, keepdims=True) * (segments_T > 0)[:, None]
+                share_MPLF[name] += [part.sum(1) for part in np.split(share_LTF, len(ids_T) // masks.WINDOW, axis=1)]
+                total_LF += share_LTF.sum(1)
+            np.testing.assert_allclose(mean_LF, total_LF / np.count_nonzero(own.segments), rtol=1e-3, atol=1e-6)
+    expected, rest_LF = np.zeros_like(found), 0
+    for name, own in records.items():
+        tokens = np.count_nonzero(own.segments)
+        for share_LF in share_MPLF[name]:
+            kept_E = np.take_along_axis(share_LF[:, None], table_LEC, 2).sum((0, 2))
+            expected[kept_E.argmax()] += share_LF / tokens
+        rest_LF += np.sum(share_MPLF[name], axis=0) / tokens
+    assert sum(part.any() for part in expected) > 1
+    for got_LF, own_LF in zip(found, expected):
+        right_LF = own_LF if own_LF.any() else rest_LF / len(records)
+        np.testing.assert_allclose(got_LF, right_LF, rtol=2e-3, atol=1e-5)
+    np.testing.assert_array_equal(np.argsort(one[0], -1)[:, -10:], np.argsort(rest_LF, -1)[:, -10:])
 
 
 def test_scores_in_common_change_nothing_at_the_start(mesh):
@@ -95,12 +130,14 @@ def test_the_loss_falls(stages, name):
     """From the channels that carving would take last, on the same batch over and over."""
     folder = getattr(stages, name)
     cfg, shape, _ = hf.read_config(folder)
+    assert shape is not None
     ids_BT = np.concatenate([own.ids[:2] for own in open_records(stages.data, "train").values()])
     with use_mesh(MeshConfig(data=1)):
         params, _, _ = placement.load_sharded(folder, backbone.param_specs(cfg), dtype=np.float32)
-        shares_MLF = masks.importance(cfg, params, open_records(stages.data, "calibration")).mean(0, keepdims=True)
-        worst_LEC = np.repeat(choose(-shares_MLF, shape.channels), shape.experts, axis=1)
-        scores_LEF = masks.first_scores(-shares_MLF, worst_LEC, ("any",), shape.names)
+        one_LEC = np.arange(shape.channels, dtype=np.int32) + np.zeros((cfg.layer, 1, 1), np.int32)
+        records = open_records(stages.data, "calibration")
+        shares_ELF = masks.importance(cfg, params, records, one_LEC, ("any",)).repeat(shape.experts, axis=0)
+        scores_LEF = masks.first_scores(-shares_ELF, choose(-shares_ELF, shape.channels))
         tx = masks.optimizer(masks.MasksConfig(model=folder, data=stages.data, out=folder / "x", steps=40))
         phase = steps.start(masks.begin(scores_LEF), tx)
         step = masks.make_mask_step(cfg, shape.channels, tx, 32)

@@ -9,7 +9,7 @@ import optax
 import pytest
 from oracles_core import head_loss, packed, random_params, random_table
 
-from readme_jax import optim, steps
+from readme_jax import losses, optim, steps
 from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.losses import HeadLoss
 from readme_jax.models import backbone, router
@@ -113,6 +113,32 @@ def test_router_accumulation_is_one_big_batch(mesh, cfg, host):
     assert float(means["loss"]) == pytest.approx(-(host["target"] * logp).sum(-1)[real].mean(), rel=1e-5)
     agree = logp.argmax(-1) == host["target"].argmax(-1)
     assert float(means["agreement"]) == pytest.approx(agree[real].mean(), rel=1e-6)
+
+
+def test_balance_adds_its_gradient(mesh, cfg, host):
+    """One step of rate 1 with the term is one without, less its gradient; the metric is the term by hand."""
+    params, batch = jax.tree.map(put, host["router"]), router_batch(host, 1)
+    moved = []
+    for balance in ((), (0.5,)):
+        phase = steps.start(jax.tree.map(put, host["router"]), SGD)
+        phase, means = router_step(ROUTER, cfg.rope_theta, SGD, *balance)(phase, batch)
+        moved.append(phase.params)
+    weight_BT = (host["segments"] > 0).astype(np.float32)
+
+    @jax.jit
+    def term(params):
+        logits_BTE = router.logits(ROUTER, params, batch["ids"][0], batch["segments"][0], cfg.rope_theta)
+        return losses.balance_loss(logits_BTE, batch["segments"][0] > 0), logits_BTE
+
+    gradient, logits_BTE = jax.jit(jax.grad(term, has_aux=True))(params)
+    assert max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(gradient)) > 1e-4
+    assert_close(moved[1], jax.tree.map(lambda p, g: p - 0.5 * g, moved[0], gradient))
+    logits_BTE = np.asarray(logits_BTE, np.float64)
+    odds_BTE = np.exp(logits_BTE - logits_BTE.max(-1, keepdims=True))
+    chance_ME = (odds_BTE / odds_BTE.sum(-1, keepdims=True))[weight_BT > 0]
+    load_E = np.bincount(chance_ME.argmax(-1), minlength=chance_ME.shape[-1]) / len(chance_ME)
+    assert float(means["balance"]) == pytest.approx(len(load_E) * (load_E * chance_ME.mean(0)).sum(), rel=1e-5)
+    assert "balance" not in router_step(ROUTER, cfg.rope_theta, SGD)(steps.start(params, SGD), batch)[1]
 
 
 def test_expert_accumulation_is_one_big_batch_and_grouped_is_masked(mesh, cfg, host):

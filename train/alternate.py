@@ -121,7 +121,7 @@ def train(
     made["experts"] = steps.make_expert_step(cfg, head, tx["experts"], dtype=dtype, remat=config.experts.remat)
     label_all = jax.jit(lambda params, table, *batch: jax.lax.map(lambda micro: label(params, table, *micro), batch))
     if router_cfg is not None:
-        made["router"] = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"])
+        made["router"] = steps.make_router_step(router_cfg, cfg.rope_theta, tx["router"], config.router.balance)
         route = steps.make_route(router_cfg, cfg.rope_theta)
     # ---- resume
     tick, phases = checkpoints.resume(config.checkpoint.resume, phases)

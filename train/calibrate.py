@@ -19,6 +19,7 @@ from readme_jax.data import eval_batches, open_records
 from readme_jax.metrics import Stopwatch, peak_memory, progress
 from readme_jax.models import backbone
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
+from readme_jax.statistics import cut_windows
 
 SAVE_EVERY = 20.0  # seconds between two saves of unfinished sums
 
@@ -38,30 +39,45 @@ def main(argv: list[str] | None = None) -> None:
     with use_mesh(config.mesh), artifacts.building(config.out, "calibrate", config, parents) as work:
         require(config.batch % batch_devices() == 0, f"batch={config.batch} must be a multiple of {batch_devices()}")
         params, _, _ = placement.load_sharded(config.model, backbone.param_specs(cfg), dtype=np.float32)
-        statistics = make_statistics(cfg, config.dtype)
+        statistics = make_statistics(cfg, config.dtype, config.window)
         sums = {name: Accumulator(cfg.layer, cfg.mlp) for name in records}
         mark = work.path / "unfinished.safetensors"
         if mark.is_file():
             saved = load_file(mark)
             for name, own in sums.items():
                 own.restore({key.split("/", 1)[1]: v for key, v in saved.items() if key.split("/", 1)[0] == name})
+        kept, row = None, 0
+        if config.window:
+            texts = {name: (own.ids, own.segments) for name, own in records.items()}
+            kept = cut_windows(work.path, texts, config.window, (cfg.layer, cfg.mlp))
         seen = sum(s.tokens for s in sums.values())
         total = sum(int(np.count_nonzero(own.segments)) for own in records.values())
         with progress(total, "calibrate", initial=seen) as bar:
             last = Stopwatch()
             for name, own in records.items():
                 for index, batch in enumerate(eval_batches({name: own}, config.batch)):
+                    counts_B = -(-np.count_nonzero(batch["segments"], axis=1) // max(config.window, 1))
+                    first, row = row, row + int(counts_B.sum())
                     if index < sums[name].batches:
                         continue
                     placed = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
                     before, watch = sums[name].tokens, Stopwatch()
-                    sums[name].add(jax.device_get(statistics(params, *placed)), watch.seconds)
+                    found = jax.device_get(statistics(params, *placed))
+                    if kept is not None:
+                        rows = [found["windows"][:, b, :count] for b, count in enumerate(counts_B)]
+                        kept.share_WLF[first:row] = np.concatenate(rows, axis=1).swapaxes(0, 1)
+                    sums[name].add(found, watch.seconds)
                     bar.update(sums[name].tokens - before)
                     if last.seconds > SAVE_EVERY:
+                        if kept is not None:
+                            kept.share_WLF.flush()  # type: ignore
                         _save({f"{n}/{k}": v for n, s in sums.items() for k, v in s.state().items()}, mark)
                         work.kept = True
                         last = Stopwatch()
         mark.unlink(missing_ok=True)
+        if kept is not None:
+            kept.share_WLF.flush()  # type: ignore
+            work.info |= {"windows": len(kept.share_WLF), "window": config.window}
         means = [s.means() for s in sums.values()]
         arrays = {f"{key}_MLF": np.stack([m[key] for m in means]) for key in ("abs", "square", "mean", "share")}
         tokens_M = np.array([s.tokens for s in sums.values()], np.int64)

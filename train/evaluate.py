@@ -13,7 +13,7 @@ import numpy as np
 from readme_jax import artifacts, cli, hf, placement
 from readme_jax.config import ConfigError, require
 from readme_jax.data import eval_batches, open_records
-from readme_jax.evaluate import EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
+from readme_jax.evaluate import ORACLES, EvaluateConfig, Routing, make_losses, one_route, own_expert, summarise
 from readme_jax.metrics import Stopwatch, peak_memory, progress
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
@@ -37,13 +37,16 @@ def main(argv: list[str] | None = None) -> None:
 def evaluate(config: EvaluateConfig, parents: dict) -> None:
     """Run every arm over the test records and write the result."""
     cfg, experts, router_cfg = hf.read_config(config.model)
+    tied = experts is not None and experts.storage == "tied"
     if experts is None:
         require(config.arms == ("dense",), f"arms={config.arms}: a dense model has only the arm dense")
     else:
-        tied = experts.storage == "tied"
         require(tied or "dense" not in config.arms, "arm dense: separate storage has no dense form")
     many = experts is not None and experts.experts > 1
     require(many or not config.agreement, f"agreement=true: {config.model} has one choice for every token")
+    for arm in (arm for arm in ORACLES if arm in config.arms):
+        require(many, f"arm {arm}: {config.model} has one choice for every token")
+        require(tied, f"arm {arm}: separate storage has no dense form to label tokens in")
     if config.router is not None:
         _, other, router_cfg = hf.read_config(config.router)
         same = other is not None and experts is not None and other.names == experts.names
@@ -64,9 +67,10 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         route = None
         if many and router_params is not None and router_cfg is not None:
             route = functools.partial(make_route(router_cfg, cfg.rope_theta), router.place(router_params))
-        losses = make_losses(cfg, config.labels if config.agreement else None)
+        losses = make_losses(cfg, config.labels if config.labelled else None)
         rows = {arm: {name: ([], []) for name in records} for arm in config.arms}
-        routing = Routing(len(records), experts.experts if experts else 1)
+        routing, oracle = (Routing(len(records), experts.experts if experts else 1) for _ in range(2))
+        place = functools.partial(put, partition=spec("batch", "seq"))
         start = Stopwatch()
         tokens = sum(int(np.count_nonzero(r.segments)) for r in records.values()) * len(config.arms)
         names = list(records)
@@ -76,29 +80,33 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
                 ids, segments = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
                 real = batch["index"] >= 0
                 chosen = None if route is None else route(ids[None], segments[None])[0]
-                label = None
+                done = {}
+                if "dense" in config.arms or config.labelled:
+                    done["dense"] = losses(params, table, ids, segments, None)
+                best = done["dense"][2] if done else {}
                 for arm in config.arms:
-                    path = None
                     if arm == "own_domain":
-                        path = one_route(own[name], batch["ids"], lambda a: put(a, spec("batch", "seq")))
-                    elif arm == "routed":
-                        path = (
-                            Masked(chosen)
-                            if chosen is not None
-                            else one_route(0, batch["ids"], lambda a: put(a, spec("batch", "seq")))
-                        )
-                    loss_B, weight_B, found = losses(params, table, ids, segments, path)
-                    label = label if found is None else np.asarray(found)
+                        path = one_route(own[name], batch["ids"], place)
+                    elif arm in ORACLES:
+                        path = Masked(best[arm])
+                    else:
+                        path = one_route(0, batch["ids"], place) if chosen is None else Masked(chosen)
+                    if arm not in done:
+                        done[arm] = losses(params, table, ids, segments, path)
+                    loss_B, weight_B, _ = done[arm]
                     rows[arm][name][0].extend(np.asarray(loss_B, np.float64)[real].tolist())
                     rows[arm][name][1].extend(np.asarray(weight_B, np.float64)[real].tolist())
                     bar.update(int(np.count_nonzero(batch["segments"])))
-                if chosen is not None:
-                    routing.add(int(batch["domains"][0]), np.asarray(chosen), batch["segments"], label)
+                for count, choice in ((routing, chosen), (oracle, best.get("oracle"))):
+                    if choice is not None:
+                        label = np.asarray(best["oracle"]) if best else None
+                        count.add(int(batch["domains"][0]), np.asarray(choice), batch["segments"], label)
         arms = {arm: {n: summarise(*pair) for n, pair in by.items()} for arm, by in rows.items()}
         result = {
             "arms": arms,
             "mean_loss": {arm: float(np.mean([e["loss"] for e in by.values()])) for arm, by in arms.items()},
             "routing": routing.summary() if route is not None else None,
+            "oracle": oracle.summary() if config.labelled else None,
             "records": {arm: {n: {"loss": p[0], "tokens": p[1]} for n, p in by.items()} for arm, by in rows.items()},
         }
         artifacts.write_text(work.path / "evaluation.json", json.dumps(result))

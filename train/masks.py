@@ -62,8 +62,8 @@ def learn(config: MasksConfig, work: artifacts.Work, checkpoints: Checkpoints, s
     _, router_params = placement.load_router(config.model, dtype=np.float32)
     assert table_LEC is not None
     # ---- scores
-    shares_MLF = masks.importance(cfg, params, calibration)
-    scores_LEF = masks.first_scores(shares_MLF, table_LEC, tuple(calibration), experts.names)
+    shares_ELF = masks.importance(cfg, params, calibration, table_LEC, experts.names)
+    scores_LEF = masks.first_scores(shares_ELF, table_LEC)
     tx = masks.optimizer(config)
     phases = {"masks": steps.start(masks.begin(scores_LEF), tx)}
     tick, phases = checkpoints.resume(config.checkpoint.resume, phases)

@@ -14,7 +14,7 @@ from flax import nnx
 
 from readme_jax.config import ModelConfig
 from readme_jax.models import experts, parallel
-from readme_jax.models.experts import ExpertTable, Route
+from readme_jax.models.experts import ExpertTable, Masked, Route
 from readme_jax.models.layers import (
     ACTIVATION,
     apply_rope,
@@ -226,14 +226,15 @@ def forward(
     stacked [L, ...].
     """
     run = packed(cfg, segments_BT)
+    by_layer = isinstance(route, Masked) and route.expert_BT.ndim == 3
 
     def body(x_BTD, layer_inputs):
-        layer, layer_table, window = layer_inputs
+        layer, layer_table, window, own = layer_inputs
 
         def ffn(y_BTD, block):
             if tap is not None:
                 return experts.dense(y_BTD, block, layer_table, tap)
-            return experts.run(y_BTD, block, layer_table, route), None
+            return experts.run(y_BTD, block, layer_table, own or route), None
 
         return run(x_BTD, gathered(cfg, layer, x_BTD.dtype), window, ffn)
 
@@ -241,7 +242,7 @@ def forward(
     if remat != "none" or not as_stored:
         body = jax.checkpoint(body, prevent_cse=False, policy=POLICIES[remat])
     x_BTD = embed(params["embedding"], ids_BT, dtype)
-    x_BTD, seen = jax.lax.scan(body, x_BTD, (params["layers"], table, windows(cfg)))
+    x_BTD, seen = jax.lax.scan(body, x_BTD, (params["layers"], table, windows(cfg), route if by_layer else None))
     return rms_norm(x_BTD, params["norm"], cfg.norm_eps), seen
 
 

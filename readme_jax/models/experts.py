@@ -39,7 +39,8 @@ class ExpertTable:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Masked:
-    """Route for the `masked` way. expert_BT: int32 expert of each token."""
+    """Route for the `masked` way. expert_BT: int32 expert of each token; `backbone.forward` takes [L, B, T] too, each
+    layer's own (what pre-gating gives up: an analysis)."""
 
     expert_BT: jax.Array
 
