@@ -81,7 +81,7 @@ class ExpertPhase:
     """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
     refit: int = 0
     """Before the first step, w_down is solved in closed form on the batches of this many steps (`refit.py`); they are
-    the first ones that will be trained on, so no other text is seen. 0: it is not."""
+    the first ones that will be trained on, or all of them if they are fewer: no other text is seen. 0: it is not."""
     tuned: Tuned = "all"
     """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
     way: Way = "masked"
@@ -186,10 +186,12 @@ class AlternateConfig:
             "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
         )
 
-    def refits(self, tick: int) -> bool:
-        """True when w_down is solved before the global step `tick`: the experts' first, or the end without any."""
+    def refits(self, tick: int) -> int:
+        """Expert steps on whose batches w_down is solved before the global step `tick`: 0 but before the experts' first
+        step or, without any, at the end."""
         first = self.router.steps if self.experts.steps else self.total
-        return self.experts.refit > 0 and tick == first
+        there = self.experts.steps * self.rounds or self.experts.refit
+        return min(self.experts.refit, there) if tick == first else 0
 
     @property
     def total(self) -> int:

@@ -68,6 +68,8 @@ class Recipe:
     experts: dict[str, Any] | None = None
     """Options of the expert phase of `alternate`, without its steps; none: weights stay as they are, and `masks` has
     all tokens. Without either there is nothing to tune: the recipe is run untuned only."""
+    retune: bool = True
+    """Tune the router again on the labels of masks that were learned; false: it stays the one they were learned with."""
     rounds: int = 1
     """Rounds of `alternate`."""
 
@@ -84,6 +86,8 @@ class Recipe:
         require(alone or self.router is not None, "router: missing; only carving=static has none")
         require(not alone or self.router is None, "router: has no meaning with carving=static, there is no choice")
         require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
+        learned = self.masks is not None and self.router is not None
+        require(self.retune or learned, "retune=false has no meaning without masks and router")
         if self.masks is not None:
             share = self.masks.get("share", 1.0)
             require(isinstance(share, int | float), f"masks.share={share!r} must be a number")
@@ -262,7 +266,7 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
         options = {key: value for key, value in (recipe.masks or {}).items() if key != "share"}
         options |= {"steps": masks, "seed": seed, **PACE}
         stages.append(make_stage(out, "masks", options, {"model": stages[-1], "data": "data"}, f"{where}.masks"))
-    again = recipe.router if masks or not first else None
+    again = recipe.router if (masks and recipe.retune) or not first else None
     if again or tuned:
         alternate(again, tuned)
     return stages

@@ -172,9 +172,9 @@ def train(
             return phases["router"].params if route is not None else None
 
         def refit(tick: int) -> None:
-            if config.refits(tick):
-                fitted = cfg, phases["experts"], frozen, table, batches["experts"], config.experts.refit
-                phases["experts"] = refit_phase(*fitted, route, chooser())
+            if count := config.refits(tick):
+                start = cfg, phases["experts"], frozen, table
+                phases["experts"] = refit_phase(*start, batches["experts"], count, route, chooser())
 
         with pace.waiting("compile"):
             to_label = functools.partial(labelled, run=output)
