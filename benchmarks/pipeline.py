@@ -31,6 +31,7 @@ from readme_jax.config import ModelConfig, RouterConfig
 from readme_jax.corpus import DomainConfig, documents
 from readme_jax.data import load_tokenizer, pack
 from readme_jax.models import backbone, experts, router
+from readme_jax.quickstart import DOMAINS
 from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 
 SEQ, ROUTER_BATCH, RECORDS = 512, 4, 2  # tokens of a record, records of a router step, records a domain
@@ -62,7 +63,7 @@ class Setup:
         self.torch_model = reference.load(folder)
         self.host = hf.load_params(folder, dtype=np.float32)[0]
         tokenizer, text = load_tokenizer(folder), DomainConfig(source="fallback")
-        names = sorted(sources.fetch_domains())
+        names = sorted(DOMAINS)
         packed = [pack(documents(name, text, "train"), tokenizer, SEQ, RECORDS * SEQ)[0] for name in names]
         self.ids_NT = np.concatenate(packed)
         self.experts = len(names)

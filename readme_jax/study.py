@@ -273,12 +273,14 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
 
 
 def evaluations(config: StudyConfig, model: Stage | str, *, bounds: bool = False) -> dict[str, Stage]:
-    """The evaluations of a model (`dense` by its folder's name): `test`, and `unseen` where there are such domains."""
-    arms = ["dense"] if isinstance(model, str) else ["routed", *(config.bounds if bounds else ())]
-    data = {"test": "data"} | ({"unseen": "unseen"} if config.unseen else {})
+    """The evaluations of a model (`dense` by its folder's name): `test`, with the bounds where they are asked for, and
+    `unseen` where there are such domains."""
+    arm = "dense" if isinstance(model, str) else "routed"
+    data = {"test": ("data", [arm, *(config.bounds if bounds else ())])}
+    data |= {"unseen": ("unseen", [arm])} if config.unseen else {}
     return {
         name: make_stage(config.out, "evaluate", {"arms": arms, **ONE}, {"model": model, "data": folder}, "bounds")
-        for name, folder in data.items()
+        for name, (folder, arms) in data.items()
     }
 
 
