@@ -69,7 +69,7 @@ class Recipe:
     """Options of the expert phase of `alternate`, without its steps; none: weights stay as they are, and `masks` has
     all tokens. Without either there is nothing to tune: the recipe is run untuned only."""
     retune: bool = True
-    """Tune the router again on the labels of masks that were learned; false: it stays the one they were learned with."""
+    """Tune the router again on the labels of learned masks; false: it stays the one they were learned with."""
     rounds: int = 1
     """Rounds of `alternate`."""
 
