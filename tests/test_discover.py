@@ -3,6 +3,7 @@
 import itertools
 import json
 
+import jax
 import numpy as np
 import pytest
 from stages import ONE, differing
@@ -10,9 +11,11 @@ from stages import ONE, differing
 from readme_jax import carve as carving
 from readme_jax import discover as disc
 from readme_jax import hf, statistics
+from readme_jax.calibrate import window_means
 from readme_jax.config import ArtifactError, ConfigError
 from readme_jax.data import open_records
 from readme_jax.discover import DiscoverConfig, discover
+from readme_jax.sharding import put, spec
 from readme_jax.statistics import Windows
 from readme_jax.train import calibrate, carve, evaluate
 
@@ -169,6 +172,19 @@ def test_predictability_follows_the_ids(rng):
 
     assert purity(0.0, cluster_W) > 0.9 and purity(0.0, other_W) < 0.8
     assert purity(0.5, other_W) > 0.95
+
+
+def test_window_means_on_any_mesh(any_mesh, rng):
+    share_BTF, keep_BT = rng.random((8, 12, 16), np.float32), np.ones((8, 12), np.float32)
+    keep_BT[2, 7:], keep_BT[3, 4:] = 0, 0
+    share_BTF *= keep_BT[..., None]
+    placed = put(share_BTF, spec("batch", "seq", "mlp")), put(keep_BT, spec("batch", "seq"))
+    got_BPF = np.asarray(jax.jit(window_means, static_argnums=2)(*placed, 5), np.float32)
+    assert got_BPF.shape == (8, 3, 16)
+    for b, p in itertools.product(range(8), range(3)):
+        rows = slice(5 * p, 5 * p + 5)
+        expected_F = 16 * share_BTF[b, rows].sum(0) / max(keep_BT[b, rows].sum(), 1)
+        np.testing.assert_allclose(got_BPF[b, p], expected_F, rtol=1e-3)
 
 
 # ---- folders ----------------------------------------------------------------------------------
