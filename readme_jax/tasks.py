@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax.api import LENGTH_STEP, Model, hidden
+from readme_jax.api import Model, hidden
 from readme_jax.config import ConfigError, DataError, require
 from readme_jax.metrics import progress
 from readme_jax.models import backbone
@@ -23,6 +23,7 @@ try:
 except ImportError:
     raise ConfigError('tasks: lm_eval is not installed; pip install -e ".[tasks]"') from None
 
+WIDTH_STEP = 16  # texts are padded to a ladder of lengths: most are shorter than 64 tokens
 TARGET_STEP = 16  # scored positions are padded to a ladder of multiples of this; the head runs on so many at a time
 GENERATED = 256  # tokens to generate at most where a task names no limit, as in the harness
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature"}
@@ -104,7 +105,7 @@ class TaskModel(TemplateLM):
         return out
 
     def _score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        width = bucket(max(len(ids) for ids, _ in rows), LENGTH_STEP)
+        width = bucket(max(len(ids) for ids, _ in rows), WIDTH_STEP)
         scored = bucket(max(len(target) for _, target in rows), TARGET_STEP)
         ids_BT, segments_BT = np.zeros((2, self.batch, width), np.int32)
         place_BK, target_BK = np.zeros((2, self.batch, scored), np.int32)

@@ -1,0 +1,165 @@
+"""Task scores of a dense model through this package beside the harness's own Hugging Face backend, item by item.
+
+python benchmarks/task_parity.py --model runs/dense --limit 200 --cache runs/parity --json runs/parity.json
+
+In: a Hugging Face folder of a dense model. Both sides run the same first items of each task in float32 on the CPU, texts
+of similar length together. What one side scores on one task is one file of --cache, so a stopped run goes on from there;
+`--sides ours --tasks piqa` computes only that part. Out: scores of both, the largest difference of a log-likelihood, and
+every item whose verdict differs with the margin that decided it. Exit status 1 if one of those is not a near tie.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from readme_jax import api, artifacts, cli, sources
+from readme_jax.config import require
+from readme_jax.task_data import full_names, harness, harness_tasks, mean_error
+
+SIDES = ("ours", "hf")
+TASKS = ("piqa", "arc_easy", "lambada_openai", "hellaswag")
+SCORES = ("acc", "acc_norm", "perplexity")
+
+
+def load(side: str, folder: Path, batch: int):
+    """The model as the harness sees it."""
+    if side == "ours":
+        from readme_jax.tasks import TaskModel
+
+        return TaskModel(api.load(folder), batch)
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch)
+
+
+def score(model, task, limit: int) -> dict:
+    """Per item, in order: log-likelihood and greediness of each choice, the choices' lengths, every score."""
+    import lm_eval
+
+    start = time.perf_counter()
+    found = lm_eval.simple_evaluate(
+        model, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR", task_manager=harness()
+    )
+    assert found is not None
+    (rows,) = found["samples"].values()
+    items = []
+    for row in sorted(rows, key=lambda row: row["doc_id"]):
+        texts = [text for _, text in row["arguments"]]
+        assert all(text.startswith(" ") for text in texts)  # the delimiter, no part of the choice
+        items.append(
+            {
+                "id": row["doc_id"],
+                "prompt": row["prompt_hash"],
+                "logp": [logp for logp, _ in row["filtered_resps"]],
+                "greedy": [bool(greedy) for _, greedy in row["filtered_resps"]],
+                "length": [len(text) - 1 for text in texts],
+                "scores": {name: float(row[name]) for name in SCORES if name in row},
+            }
+        )
+    return {"seconds": time.perf_counter() - start, "items": items}
+
+
+def margin(item: dict, name: str) -> float | None:
+    """Lead in nats of the best choice over the next: what both would have to shift by for another verdict. For
+    acc_norm it is per character. None where there is one choice, and greediness is the verdict."""
+    values = np.array(item["logp"]) / (np.array(item["length"]) if name == "acc_norm" else 1)
+    return None if len(values) < 2 else float(np.diff(np.sort(values)[-2:])[0])
+
+
+def compare(ours: list[dict], theirs: list[dict]) -> dict:
+    """Scores of both, how far apart they are, and the items that one side has right and the other wrong."""
+    for a, b in zip(ours, theirs, strict=True):
+        require((a["id"], a["prompt"]) == (b["id"], b["prompt"]), f"item {a['id']}: the sides saw different prompts")
+    gaps = [float(np.abs(np.subtract(a["logp"], b["logp"])).max()) for a, b in zip(ours, theirs)]
+    sides = {}
+    for side, items in (("ours", ours), ("hf", theirs)):
+        sides[side] = {}
+        for name in items[0]["scores"]:
+            mean, error = mean_error(item["scores"][name] for item in items)
+            if name == "perplexity":  # of an item it is the log-probability
+                mean, error = float(np.exp(-mean)), None if error is None else float(np.exp(-mean) * error)
+            sides[side] |= {name: mean, f"{name}_stderr": error}
+    differ = []
+    for a, b, gap in zip(ours, theirs, gaps):
+        for name in ("acc", "acc_norm"):
+            if a["scores"].get(name) == b["scores"].get(name):
+                continue
+            leads = {"ours": margin(a, name), "hf": margin(b, name)}
+            # two choices may shift by the gap in opposite directions; a character is at least a choice's length apart
+            tie = all(lead is not None and lead <= 2 * gap for lead in leads.values())
+            pairs = {"ours": a["logp"], "hf": b["logp"]}
+            differ.append({"id": a["id"], "score": name, "lead": leads, "gap": gap, "tie": tie, "logp": pairs})
+    greedy = [a["id"] for a, b in zip(ours, theirs) if a["greedy"] != b["greedy"]]
+    return {
+        "n": len(ours),
+        "requests": sum(len(item["logp"]) for item in ours),
+        "scores": sides,
+        "largest_gap": max(gaps),
+        "mean_gap": float(np.mean(gaps)),
+        "differ": differ,
+        "greedy_differs": greedy,
+    }
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True, help="folder or hub name of a dense model")
+    parser.add_argument("--tasks", nargs="+", default=TASKS, help="multiple choice or last word tasks")
+    parser.add_argument("--limit", type=int, default=200, help="items of each task, its first ones")
+    parser.add_argument("--batch", type=int, default=8, help="texts of one forward pass")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=SIDES, help="what to compute now")
+    parser.add_argument("--cache", type=Path, required=True, help="folder for what each side scored on each task")
+    parser.add_argument("--json", type=Path, help="file to write the comparison to")
+    args = parser.parse_args(argv)
+    names = full_names(args.tasks)
+    require(args.limit >= 1, f"limit={args.limit} must be at least 1")
+    folder = sources.resolve_model(args.model)
+    args.cache.mkdir(parents=True, exist_ok=True)
+    files = {(side, name): args.cache / f"{side}-{name}-{args.limit}.json" for side in SIDES for name in names}
+    wanted = [key for key, path in files.items() if key[0] in args.sides and not path.is_file()]
+    tasks = harness_tasks([name for name in names if any(name == key[1] for key in wanted)]) if wanted else {}
+    for side in args.sides:
+        left = [name for name in names if (side, name) in wanted]
+        model = load(side, folder, args.batch) if left else None
+        for name in left:
+            result = score(model, tasks[name], args.limit)
+            artifacts.write_text(files[side, name], json.dumps({"model": str(folder)} | result))
+            print(f"{side} {name}: {len(result['items'])} items in {result['seconds']:.0f} s", flush=True)
+    if not all(path.is_file() for path in files.values()):
+        return
+    report = {}
+    for name in names:
+        ours, theirs = (json.loads(files[side, name].read_text()) for side in SIDES)
+        require(ours["model"] == theirs["model"] == str(folder), f"{args.cache}: holds scores of another model")
+        report[name] = compare(ours["items"], theirs["items"])
+        report[name]["seconds"] = {"ours": ours["seconds"], "hf": theirs["seconds"]}
+    if args.json:
+        artifacts.write_text(args.json, json.dumps(report, indent=1))
+    show(report)
+    sys.exit(any(not item["tie"] for entry in report.values() for item in entry["differ"]))
+
+
+def show(report: dict) -> None:
+    print(f"{'task':<16}{'score':<12}{'ours':>9}{'hf':>9}{'stderr':>9}{'differ':>8}{'largest gap':>13}{'seconds':>12}")
+    for task, entry in report.items():
+        for name in (name for name in SCORES if name in entry["scores"]["ours"]):
+            ours, theirs = (entry["scores"][side][name] for side in SIDES)
+            error = entry["scores"]["hf"][f"{name}_stderr"]
+            count = sum(item["score"] == name for item in entry["differ"])
+            seconds = " / ".join(f"{entry['seconds'][side]:.0f}" for side in SIDES)
+            cells = f"{ours:>9.4f}{theirs:>9.4f}{'-' if error is None else f'{error:.4f}':>9}{count:>8}"
+            print(f"{task:<16}{name:<12}{cells}{entry['largest_gap']:>13.2e}{seconds:>12}")
+    for task, entry in report.items():
+        for item in entry["differ"]:
+            leads = [item["lead"][side] for side in SIDES]
+            told = "greediness" if None in leads else f"lead {leads[0]:.2e} / {leads[1]:.2e}"
+            why = "a tie" if item["tie"] else "NOT A TIE"
+            print(f"{task} item {item['id']} {item['score']}: {told}, log-likelihoods {item['gap']:.2e} apart: {why}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
