@@ -2,10 +2,11 @@
 
 python benchmarks/task_parity.py --model runs/dense --limit 200 --cache runs/parity --json runs/parity.json
 
-In: a Hugging Face folder of a dense model. Both sides run the same first items of each task in float32 on the CPU, texts
-of similar length together. What one side scores on one task is one file of --cache, so a stopped run goes on from there;
-`--sides ours --tasks piqa` computes only that part. Out: scores of both, the largest difference of a log-likelihood, and
-every item whose verdict differs with the margin that decided it. Exit status 1 if one of those is not a near tie.
+In: a Hugging Face folder of a dense model. Both sides run the same first items of each task in float32 on the CPU,
+texts of similar length together. What one side scores on one task is one file of --cache, so a stopped run goes on from
+there; `--sides ours --tasks piqa` computes only that part. Out: scores of both, the largest difference of a
+log-likelihood, and every item whose verdict differs with the margin that decided it. Exit status 1 if one of those is
+not a near tie.
 """
 
 import argparse
