@@ -64,11 +64,20 @@ def score(model, task, limit: int) -> dict:
     return {"seconds": time.perf_counter() - start, "items": items}
 
 
-def margin(item: dict, name: str) -> float | None:
-    """Lead in nats of the best choice over the next: what both would have to shift by for another verdict. For
-    acc_norm it is per character. None where there is one choice, and greediness is the verdict."""
-    values = np.array(item["logp"]) / (np.array(item["length"]) if name == "acc_norm" else 1)
-    return None if len(values) < 2 else float(np.diff(np.sort(values)[-2:])[0])
+def values(item: dict, name: str) -> np.ndarray:
+    """What the choices are ranked by: log-likelihood in nats, for acc_norm per character."""
+    return np.array(item["logp"]) / (np.array(item["length"]) if name == "acc_norm" else 1)
+
+
+def difference(a: dict, b: dict, name: str) -> dict:
+    """Why one side has an item right and the other not: the lead of the best choice over the next on both sides, and
+    the largest shift of a choice. A lead of at most two shifts is a tie. Leads are None where there is one choice:
+    greediness is the verdict then."""
+    shift = float(np.abs(values(a, name) - values(b, name)).max())
+    leads = [float(np.diff(np.sort(values(x, name))[-2:])[0]) if len(x["logp"]) > 1 else None for x in (a, b)]
+    tie = all(lead is not None and lead <= 2 * shift for lead in leads)
+    logp = {"ours": a["logp"], "hf": b["logp"]}
+    return {"id": a["id"], "score": name, "lead": dict(zip(SIDES, leads)), "shift": shift, "tie": tie, "logp": logp}
 
 
 def compare(ours: list[dict], theirs: list[dict]) -> dict:
@@ -84,17 +93,14 @@ def compare(ours: list[dict], theirs: list[dict]) -> dict:
             if name == "perplexity":  # of an item it is the log-probability
                 mean, error = float(np.exp(-mean)), None if error is None else float(np.exp(-mean) * error)
             sides[side] |= {name: mean, f"{name}_stderr": error}
-    differ = []
-    for a, b, gap in zip(ours, theirs, gaps):
-        for name in ("acc", "acc_norm"):
-            if a["scores"].get(name) == b["scores"].get(name):
-                continue
-            leads = {"ours": margin(a, name), "hf": margin(b, name)}
-            # two choices may shift by the gap in opposite directions; a character is at least a choice's length apart
-            tie = all(lead is not None and lead <= 2 * gap for lead in leads.values())
-            pairs = {"ours": a["logp"], "hf": b["logp"]}
-            differ.append({"id": a["id"], "score": name, "lead": leads, "gap": gap, "tie": tie, "logp": pairs})
-    greedy = [a["id"] for a, b in zip(ours, theirs) if a["greedy"] != b["greedy"]]
+    pairs = list(zip(ours, theirs))
+    differ = [
+        difference(a, b, name)
+        for name in ("acc", "acc_norm")
+        for a, b in pairs
+        if a["scores"].get(name) != b["scores"].get(name)
+    ]
+    greedy = [a["id"] for a, b in pairs if a["greedy"] != b["greedy"]]
     return {
         "n": len(ours),
         "requests": sum(len(item["logp"]) for item in ours),
@@ -159,7 +165,7 @@ def show(report: dict) -> None:
             leads = [item["lead"][side] for side in SIDES]
             told = "greediness" if None in leads else f"lead {leads[0]:.2e} / {leads[1]:.2e}"
             why = "a tie" if item["tie"] else "NOT A TIE"
-            print(f"{task} item {item['id']} {item['score']}: {told}, log-likelihoods {item['gap']:.2e} apart: {why}")
+            print(f"{task} item {item['id']} {item['score']}: {told}, shift {item['shift']:.2e}: {why}")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Harness tasks: the harness's own Hugging Face backend on the same folder is the oracle; the MoE runs routed."""
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -240,6 +242,47 @@ def test_a_group_counts_every_item_once(models, copies):
     ]
     assert items["acc"] == sum(alone, [])
     assert task_data.full_names(["mmlu"]) == ["mmlu"]
+
+
+@pytest.fixture(scope="module")
+def parity():
+    path = Path(__file__).parents[1] / "benchmarks" / "task_parity.py"
+    spec = importlib.util.spec_from_file_location("task_parity", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parity_program(stages, copies, tmp_path, parity, capsys):
+    cache, out = tmp_path / "cache", tmp_path / "parity.json"
+    argv = ["--model", str(stages.dense), "--tasks", "piqa", "lambada", "--limit", "3", "--cache", str(cache)]
+    parity.main([*argv, "--json", str(out), "--sides", "ours"])
+    assert not out.exists() and len(list(cache.iterdir())) == 2
+    with pytest.raises(SystemExit) as ended:
+        parity.main([*argv, "--json", str(out)])  # the other side
+    assert ended.value.code == 0 and "ours piqa: 3 items" in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert {name: entry["requests"] for name, entry in report.items()} == {"piqa": 6, "lambada_openai": 3}
+    for entry in report.values():
+        assert entry["n"] == 3 and entry["largest_gap"] < 1e-3 and entry["differ"] == entry["greedy_differs"] == []
+    assert "perplexity" in report["lambada_openai"]["scores"]["hf"]
+
+
+def test_parity_tells_a_tie_from_a_fault(parity):
+    def item(*logp, right):
+        scores = {"acc": float(right)}
+        return {"id": 7, "prompt": "p", "logp": list(logp), "greedy": [False] * 2, "length": [4, 8], "scores": scores}
+
+    near, far = item(-3.0, -3.0001, right=True), item(-3.0, -3.1, right=True)
+    entry = parity.compare([near], [item(-3.0001, -3.0, right=False)])
+    (found,) = entry["differ"]
+    assert found["tie"] and np.isclose(found["shift"], 1e-4) and np.isclose(entry["largest_gap"], 1e-4)
+    (found,) = parity.compare([far], [item(-3.0001, -3.1, right=False)])["differ"]
+    assert not found["tie"] and np.isclose(found["lead"]["ours"], 0.1)
+    assert parity.compare([far], [far])["differ"] == []
+    with pytest.raises(ConfigError, match="item 7: the sides saw different prompts"):
+        parity.compare([far], [far | {"prompt": "q"}])
 
 
 def test_bad_input_of_the_program(stages, copies, tmp_path):
