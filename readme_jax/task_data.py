@@ -60,13 +60,17 @@ def full_names(names: Iterable[str]) -> list[str]:
     return names
 
 
-def harness_tasks(names: list[str]) -> dict[str, Any]:
+def harness_tasks(names: list[str], shots: int | None = None) -> dict[str, Any]:
     """What `lm_eval.simple_evaluate` takes for each task: its name where the hub is reached, else its name with a local
-    data set, which is said in one line on stderr. SourceError for a task that has no copy."""
+    data set, which is said in one line on stderr. SourceError for a task that has no copy, or no examples for `shots`.
+    """
     if sources.hub_reachable():
         return {name: name for name in names}
     absent = [name for name in names if name not in OFFLINE]
     require(not absent, f"tasks: {', '.join(absent)}: no hub reached; without it: {', '.join(OFFLINE)}", SourceError)
+    bare = [name for name in names if shots and name != "mmlu"]
+    why = f"shots={shots}: {', '.join(bare)}: no hub reached; without it only mmlu has examples"
+    require(not bare, why, SourceError)
     folder = sources.fetch_tasks(write_copies)
     sources.say(f"tasks {', '.join(names)}: no hub reached; offline copies at {folder}")
     manager = harness()

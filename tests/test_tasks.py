@@ -208,6 +208,7 @@ def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
         assert value == f"{result['tasks']['against'][name][score]:.4f}"
     for argv, message in [
         (["--limit", "2", "--tasks", "piqa"], "against=.*out: was made with limit=3, not 2"),
+        (["--limit", "3", "--tasks", "piqa", "--shots", "0"], "against=.*out: was made with shots=None, not 0"),
         (["--limit", "3", "--tasks", "piqa,boolq"], "against=.*out: has no scores of boolq"),
     ]:
         with pytest.raises(ConfigError, match=message):
@@ -235,10 +236,11 @@ def test_a_group_counts_every_item_once(models, copies):
     group = Group("both")
     for name in ("sciq", "boolq", "openbookqa"):
         group.add(task_data._local(task_data.harness(), name, folder))
-    entry, items = program.evaluate(models["dense"], "both", group, 3)
+    config = program.TasksConfig(model=Path("dense"), tasks=("both",), limit=3)
+    entry, items = program.evaluate(models["dense"], "both", group, config)
     assert entry["n"] == 9 and set(items) == {"acc"} and len(items["acc"]) == 9  # boolq has no acc_norm
     alone = [
-        program.evaluate(models["dense"], name, group.get(name), 3)[1]["acc"] for name in sorted(group.child_names)
+        program.evaluate(models["dense"], name, group.get(name), config)[1]["acc"] for name in sorted(group.child_names)
     ]
     assert items["acc"] == sum(alone, [])
     assert task_data.full_names(["mmlu"]) == ["mmlu"]
@@ -291,6 +293,7 @@ def test_bad_input_of_the_program(stages, copies, tmp_path):
 
     for argv, message in [
         (["--tasks", "hellaswag", "--limit", "0"], "limit=0 must be at least 1"),
+        (["--tasks", "hellaswag", "--shots", "-1"], "shots=-1 must not be negative"),
         (["--tasks", "hellaswag", "--batch", "0"], "batch=0 must be at least 1"),
         (["--tasks", "hellaswag", "--batch", "3"], "batch=3 must be a multiple of the 8 devices"),
         (["--tasks", ","], "tasks: at least one"),
@@ -301,6 +304,8 @@ def test_bad_input_of_the_program(stages, copies, tmp_path):
             run(*argv)
     with pytest.raises(SourceError, match="tasks: blimp: no hub reached; without it: arc_challenge"):
         run("--tasks", "blimp")  # a group
+    with pytest.raises(SourceError, match="shots=5: piqa: no hub reached; without it only mmlu has examples"):
+        run("--tasks", "mmlu,piqa", "--shots", "5")
     with pytest.raises(SourceError, match="none: no such folder or file, and not a hub name"):
         run("--tasks", "hellaswag", model=tmp_path / "none")
     assert not (tmp_path / "out").exists()

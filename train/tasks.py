@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 from readme_jax import api, artifacts, cli, sources
-from readme_jax.config import ConfigError, DataError, free, require
+from readme_jax.config import DataError, free, require
 from readme_jax.metrics import Stopwatch
 from readme_jax.sharding import MeshConfig, batch_devices, use_mesh
 from readme_jax.task_data import full_names, harness, harness_tasks, mean_error, retention
@@ -36,6 +36,8 @@ class TasksConfig:
     """The dense model, for the share of its scores that is kept; or the folder of its own finished `tasks`."""
     limit: int | None = None
     """Items of each task (of a group's tasks, each) at most, its first ones; none: all of them."""
+    shots: int | None = None
+    """Examples in each prompt; none: the task's own number, for most 0. Without a hub only mmlu has examples."""
     batch: int = free(8)
     """Texts of one forward pass; a multiple of the mesh's batch devices."""
     mesh: MeshConfig = free(MeshConfig())
@@ -45,6 +47,7 @@ class TasksConfig:
         object.__setattr__(self, "tasks", tuple(t for text in self.tasks for t in text.split(",") if t))
         require(len(self.tasks) > 0, "tasks: at least one is needed")
         require(self.limit is None or self.limit >= 1, f"limit={self.limit} must be at least 1")
+        require(self.shots is None or self.shots >= 0, f"shots={self.shots} must not be negative")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 
 
@@ -87,9 +90,9 @@ def run(config: TasksConfig, out: Path, folders: dict[str, Path], parents: dict[
     with use_mesh(config.mesh):
         count = batch_devices()
     require(config.batch % count == 0, f"batch={config.batch} must be a multiple of the {count} devices that split it")
-    known = {} if config.against is None else finished_scores(config.against, names, config.limit)
+    known = {} if config.against is None else finished_scores(config, config.against, names)
     models = {role: sources.resolve_model(str(folder)) for role, folder in folders.items() if role not in known}
-    chosen = harness_tasks(names)
+    chosen = harness_tasks(names, config.shots)
     with artifacts.building(out, "tasks", config, parents) as work:
         watch = Stopwatch()
         tasks, items = ({role: found[kind] for role, found in known.items()} for kind in ("tasks", "items"))
@@ -97,7 +100,7 @@ def run(config: TasksConfig, out: Path, folders: dict[str, Path], parents: dict[
             model = TaskModel(api.load(folder, mesh=config.mesh), config.batch)
             tasks[role], items[role] = {}, {}
             for name in names:
-                tasks[role][name], items[role][name] = evaluate(model, name, chosen[name], config.limit)
+                tasks[role][name], items[role][name] = evaluate(model, name, chosen[name], config)
         kept = {}
         if "against" in items:
             for name, scores in items["model"].items():
@@ -108,27 +111,35 @@ def run(config: TasksConfig, out: Path, folders: dict[str, Path], parents: dict[
         work.info |= {"seconds": watch.seconds}
 
 
-def finished_scores(folder: Path, names: list[str], limit: int | None) -> dict[str, dict]:
+def finished_scores(config: TasksConfig, folder: Path, names: list[str]) -> dict[str, dict]:
     """What a finished result of this program has of its model, under the role `against`; {} for a model folder.
-    ConfigError when it lacks a task or took other items."""
+    ConfigError when it lacks a task or took other items or prompts."""
     if not (folder / "tasks.json").is_file():
         return {}
-    made = artifacts.verify(folder, hashes=True)["config"].get("limit")
-    require(made == limit, f"against={folder}: was made with limit={made}, not {limit}", ConfigError)
+    made = artifacts.verify(folder, hashes=True)["config"]
+    for name in ("limit", "shots"):
+        then, now = made.get(name), getattr(config, name)
+        require(then == now, f"against={folder}: was made with {name}={then}, not {now}")
     result = json.loads((folder / "tasks.json").read_text())
     absent = [name for name in names if name not in result["tasks"]["model"]]
-    require(not absent, f"against={folder}: has no scores of {', '.join(absent)}", ConfigError)
+    require(not absent, f"against={folder}: has no scores of {', '.join(absent)}")
     return {"against": {kind: {name: result[kind]["model"][name] for name in names} for kind in ("tasks", "items")}}
 
 
-def evaluate(model, name: str, task, limit: int | None) -> tuple[dict, dict[str, list[float]]]:
+def evaluate(model, name: str, task, config: TasksConfig) -> tuple[dict, dict[str, list[float]]]:
     """One task or group: its scores with standard errors, n, seconds and tokens; and each score of every item, in
     order. Every item of a group counts the same, whatever task it is of."""
     import lm_eval
 
     watch, before = Stopwatch(), model.tokens
     found = lm_eval.simple_evaluate(
-        model, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR", task_manager=harness()
+        model,
+        tasks=[task],
+        limit=config.limit,
+        num_fewshot=config.shots,
+        bootstrap_iters=0,
+        verbosity="ERROR",
+        task_manager=harness(),
     )
     assert found is not None
     rows = []
