@@ -3,7 +3,7 @@
 python benchmarks/task_parity.py --model runs/dense --limit 200 --cache runs/parity --json runs/parity.json
 
 In: a Hugging Face folder of a dense model. Both sides run the same first items of each task in float32 on the CPU,
-texts of similar length together. What one side scores on one task is one file of --cache, so a stopped run goes on from
+texts of similar length together. What one side scores on 50 items is one file of --cache, so a stopped run goes on from
 there; `--sides ours --tasks piqa` computes only that part. Out: scores of both, the largest difference of a
 log-likelihood, and every item whose verdict differs with the margin that decided it. Exit status 1 if one of those is
 not a near tie.
@@ -24,6 +24,7 @@ from readme_jax.task_data import full_names, harness, harness_tasks, mean_error
 SIDES = ("ours", "hf")
 TASKS = ("piqa", "arc_easy", "lambada_openai", "hellaswag")
 SCORES = ("acc", "acc_norm", "perplexity")
+PART = 50  # items of one file
 
 
 def load(side: str, folder: Path, batch: int):
@@ -37,13 +38,24 @@ def load(side: str, folder: Path, batch: int):
     return HFLM(pretrained=str(folder), device="cpu", dtype="float32", batch_size=batch)
 
 
-def score(model, task, limit: int) -> dict:
+def load_tasks(names: list[str]) -> dict:
+    """The harness's task of each name."""
+    found = harness_tasks(names) if names else {}
+    return {name: harness().load([task])["tasks"][name] for name, task in found.items()}
+
+
+def score(model, task, items_N: range) -> dict:
     """Per item, in order: log-likelihood and greediness of each choice, the choices' lengths, every score."""
     import lm_eval
 
     start = time.perf_counter()
     found = lm_eval.simple_evaluate(
-        model, tasks=[task], limit=limit, bootstrap_iters=0, verbosity="ERROR", task_manager=harness()
+        model,
+        tasks=[task],
+        samples={task.task_name: list(items_N)},
+        bootstrap_iters=0,
+        verbosity="ERROR",
+        task_manager=harness(),
     )
     assert found is not None
     (rows,) = found["samples"].values()
@@ -126,24 +138,29 @@ def main(argv: list[str] | None = None) -> None:
     require(args.limit >= 1, f"limit={args.limit} must be at least 1")
     folder = sources.resolve_model(args.model)
     args.cache.mkdir(parents=True, exist_ok=True)
-    files = {(side, name): args.cache / f"{side}-{name}-{args.limit}.json" for side in SIDES for name in names}
-    wanted = [key for key, path in files.items() if key[0] in args.sides and not path.is_file()]
-    tasks = harness_tasks([name for name in names if any(name == key[1] for key in wanted)]) if wanted else {}
+    parts = [range(start, min(start + PART, args.limit)) for start in range(0, args.limit, PART)]
+
+    def file(side: str, name: str, part: range) -> Path:
+        return args.cache / f"{side}-{name}-{part.start}-{part.stop}.json"
+
     for side in args.sides:
-        left = [name for name in names if (side, name) in wanted]
+        left = [(name, part) for name in names for part in parts if not file(side, name, part).is_file()]
+        tasks = load_tasks(list(dict.fromkeys(name for name, _ in left)))
         model = load(side, folder, args.batch) if left else None
-        for name in left:
-            result = score(model, tasks[name], args.limit)
-            artifacts.write_text(files[side, name], json.dumps({"model": str(folder)} | result))
-            print(f"{side} {name}: {len(result['items'])} items in {result['seconds']:.0f} s", flush=True)
-    if not all(path.is_file() for path in files.values()):
+        for name, part in left:
+            result = score(model, tasks[name], part)
+            artifacts.write_text(file(side, name, part), json.dumps({"model": str(folder)} | result))
+            print(f"{side} {name} {part.start}-{part.stop}: {result['seconds']:.0f} s", flush=True)
+    if not all(file(side, name, part).is_file() for side in SIDES for name in names for part in parts):
         return
     report = {}
     for name in names:
-        ours, theirs = (json.loads(files[side, name].read_text()) for side in SIDES)
-        require(ours["model"] == theirs["model"] == str(folder), f"{args.cache}: holds scores of another model")
-        report[name] = compare(ours["items"], theirs["items"])
-        report[name]["seconds"] = {"ours": ours["seconds"], "hf": theirs["seconds"]}
+        found = {side: [json.loads(file(side, name, part).read_text()) for part in parts] for side in SIDES}
+        alike = all(piece["model"] == str(folder) for pieces in found.values() for piece in pieces)
+        require(alike, f"{args.cache}: holds scores of another model")
+        ours, theirs = ([item for piece in found[side] for item in piece["items"]] for side in SIDES)
+        report[name] = compare(ours, theirs)
+        report[name]["seconds"] = {side: sum(piece["seconds"] for piece in found[side]) for side in SIDES}
     if args.json:
         artifacts.write_text(args.json, json.dumps(report, indent=1))
     show(report)

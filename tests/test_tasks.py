@@ -256,14 +256,15 @@ def parity():
     return module
 
 
-def test_parity_program(stages, copies, tmp_path, parity, capsys):
+def test_parity_program(stages, copies, tmp_path, parity, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "PART", 2)
     cache, out = tmp_path / "cache", tmp_path / "parity.json"
     argv = ["--model", str(stages.dense), "--tasks", "piqa", "lambada", "--limit", "3", "--cache", str(cache)]
     parity.main([*argv, "--json", str(out), "--sides", "ours"])
-    assert not out.exists() and len(list(cache.iterdir())) == 2
+    assert not out.exists() and len(list(cache.iterdir())) == 4
     with pytest.raises(SystemExit) as ended:
         parity.main([*argv, "--json", str(out)])  # the other side
-    assert ended.value.code == 0 and "ours piqa: 3 items" in capsys.readouterr().out
+    assert ended.value.code == 0 and "ours piqa 2-3: " in capsys.readouterr().out
     report = json.loads(out.read_text())
     assert {name: entry["requests"] for name, entry in report.items()} == {"piqa": 6, "lambada_openai": 3}
     for entry in report.values():
