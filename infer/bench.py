@@ -121,10 +121,7 @@ def run_pair(
 
 def main(argv: list[str] | None = None) -> None:
     """Replay under every pair that is asked for, print the table, write the results."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--model", *argv]
-    config: BenchConfig = cli.parse(BenchConfig, argv, __doc__ or "", prog="readme-jax bench")
+    config: BenchConfig = cli.parse(BenchConfig, argv, __doc__ or "", prog="readme-jax bench", first="model")
     model = api.load(config.model, weights=False)
     trace = read_requests(config, model)
     if config.out is not None:

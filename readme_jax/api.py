@@ -16,19 +16,21 @@ from readme_jax.generation import Decoder, Sampling
 from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.routing import bucket
-from readme_jax.sharding import MeshConfig, make_mesh
+from readme_jax.sharding import MeshConfig, batch_devices, make_mesh, put, spec
 
+ONE = MeshConfig(data=1)
 LENGTH_STEP = 64  # sequences are padded to a ladder of lengths so that few shapes compile
 
 
 class Model:
-    """A dense or carved model on one device.
+    """A dense or carved model, on one device or over the devices of `mesh`: a batch is then a multiple of those it is
+    split over.
 
     config: ModelConfig. experts: the expert table int32 [L, E, C], None when dense. expert_config, router_config: what
     was carved, None when dense or without a router. tokenizer: the folder's, loaded when first used.
     """
 
-    def __init__(self, folder: Path, weights: bool = True):
+    def __init__(self, folder: Path, weights: bool = True, mesh: MeshConfig = ONE):
         self.folder = folder
         self.config: ModelConfig
         self.expert_config: ExpertConfig | None
@@ -39,7 +41,7 @@ class Model:
             hf.check(reader, self.config, self.expert_config, self.router_config)
             self.experts = None if self.expert_config is None else np.array(reader.get("readme.experts"))
             return
-        self._mesh = make_mesh(MeshConfig(data=1))
+        self._mesh = make_mesh(mesh)
         params, self.experts, router_params = hf.load_params(folder, dtype=np.float32)
         with jax.set_mesh(self._mesh):
             self._weights: dict[str, Any] = {
@@ -88,19 +90,26 @@ class Model:
         segments_BT = np.pad(np.ones(ids_BT.shape, np.int32), ((0, 0), (0, pad)))
         return np.pad(ids_BT.astype(np.int32), ((0, 0), (0, pad))), segments_BT, length
 
+    def run(self, function: Any, *rows_BX) -> Any:
+        """function(config, router config or None, weights, *rows) on the mesh, each of the rows [B, ...] split over the
+        batch's devices; its results on the host. ConfigError for a batch that cannot be split."""
+        with jax.set_mesh(self._mesh):
+            count, batch = batch_devices(), len(rows_BX[0])
+            require(batch % count == 0, f"batch={batch} must be a multiple of the {count} devices that split it")
+            placed = [put(rows, spec("batch", *(None,) * (rows.ndim - 1))) for rows in rows_BX]
+            return jax.tree.map(np.asarray, function(self.config, self.router_config, self._weights, *placed))
+
     def logits(self, ids_BT) -> np.ndarray:
         """float32 logits [B, T, V] of token ids [B, T]; each row one document from its start."""
         ids_BT, segments_BT, length = self._ids(ids_BT)
-        with jax.set_mesh(self._mesh):
-            return np.asarray(_logits(self.config, self.router_config, self._weights, ids_BT, segments_BT))[:, :length]
+        return self.run(_logits, ids_BT, segments_BT)[:, :length]
 
     def route(self, ids_BT) -> np.ndarray | None:
         """int32 [B, T] expert of each token, None for a dense model; zeros for one expert without a router."""
         ids_BT, segments_BT, length = self._ids(ids_BT)
         if self.experts is None:
             return None
-        with jax.set_mesh(self._mesh):
-            return np.asarray(_route(self.config, self.router_config, self._weights, ids_BT, segments_BT))[:, :length]
+        return self.run(_route, ids_BT, segments_BT)[:, :length]
 
     def generate(
         self,
@@ -194,11 +203,11 @@ def _logits(cfg, router_cfg, weights, ids_BT, segments_BT):
     return backbone.unembed(weights["params"], hidden(cfg, router_cfg, weights, ids_BT, segments_BT))
 
 
-def load(path_or_name: str | Path, *, weights: bool = True) -> Model:
+def load(path_or_name: str | Path, *, weights: bool = True, mesh: MeshConfig = ONE) -> Model:
     """Open a model: an HF folder, a hub name, a .gguf file, or the result of any stage of this package.
 
     weights False: only what there is to know of it (configs, expert table, tokenizer), checked, for an engine, which
-    places the weights its own way; nothing can be computed with it.
+    places the weights its own way; nothing can be computed with it. mesh: the devices to compute on, one by default.
     """
     folder = sources.resolve_model(str(path_or_name))
     model_config, experts, router_config = hf.read_config(folder)
@@ -206,4 +215,4 @@ def load(path_or_name: str | Path, *, weights: bool = True) -> Model:
         raise ConfigError(f"{folder}: {experts.experts} experts but no router; train one with `readme-jax alternate`")
     if (folder / artifacts.MANIFEST).is_file():
         artifacts.verify(folder, hashes="changed")
-    return Model(folder, weights)
+    return Model(folder, weights, mesh)

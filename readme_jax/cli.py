@@ -35,16 +35,21 @@ STAGES = {
 }
 
 
-def parse(cls: type, argv: list[str] | None, description: str, *, prog: str | None = None) -> Any:
+def parse(
+    cls: type, argv: list[str] | None, description: str, *, prog: str | None = None, first: str | None = None
+) -> Any:
     """The config `cls` of a program from its command line.
 
     `--config FILE` (YAML, or the folder of an earlier result) gives the values, every other option overrides one.
-    `argv` None means sys.argv; `description` heads the help, which explains every field by its docstring. A bad
-    option raises ConfigError in one line; `--help` prints and exits with code 0.
+    `argv` None means sys.argv; what stands before all options is the option `first`. `description` heads the help,
+    which explains every field by its docstring. A bad option raises ConfigError in one line; `--help` prints and exits
+    with code 0.
     """
     import tyro
 
     argv = list(sys.argv[1:] if argv is None else argv)
+    if first is not None and argv and not argv[0].startswith("-"):
+        argv.insert(0, f"--{first}")
     path, rest = _take_config(argv)
     usage = description.strip() + "\n\n--config FILE: YAML or earlier result whose values become the defaults below."
     values = {} if path is None else {"default": load_yaml(cls, path)}

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from readme_jax.api import LENGTH_STEP, Model, hidden
+from readme_jax.api import Model, hidden
 from readme_jax.config import ConfigError, DataError, require
 from readme_jax.metrics import progress
 from readme_jax.models import backbone
@@ -23,6 +23,7 @@ try:
 except ImportError:
     raise ConfigError('tasks: lm_eval is not installed; pip install -e ".[tasks]"') from None
 
+WIDTH_STEP = 16  # texts are padded to a ladder of lengths: most are shorter than 64 tokens
 TARGET_STEP = 16  # scored positions are padded to a ladder of multiples of this; the head runs on so many at a time
 GENERATED = 256  # tokens to generate at most where a task names no limit, as in the harness
 KNOWN = {"until", "max_gen_toks", "do_sample", "temperature"}
@@ -48,8 +49,8 @@ class _Stopped(Exception):
 
 
 class TaskModel(TemplateLM):
-    """A loaded model for `lm_eval.simple_evaluate`. batch: rows of one forward pass. tokens counts what was run,
-    without padding."""
+    """A loaded model for `lm_eval.simple_evaluate`. batch: rows of one forward pass, split over the devices of the
+    model's mesh. tokens counts what was run, without padding."""
 
     def __init__(self, model: Model, batch: int = 8):
         super().__init__()
@@ -104,7 +105,7 @@ class TaskModel(TemplateLM):
         return out
 
     def _score_rows(self, rows: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
-        width = bucket(max(len(ids) for ids, _ in rows), LENGTH_STEP)
+        width = bucket(max(len(ids) for ids, _ in rows), WIDTH_STEP)
         scored = bucket(max(len(target) for _, target in rows), TARGET_STEP)
         ids_BT, segments_BT = np.zeros((2, self.batch, width), np.int32)
         place_BK, target_BK = np.zeros((2, self.batch, scored), np.int32)
@@ -115,10 +116,7 @@ class TaskModel(TemplateLM):
             place_BK[row, : len(target)] = np.arange(len(ids) - len(target), len(ids))
             target_BK[row, : len(target)] = target
             self.tokens += len(ids)
-        model = self.model
-        with jax.set_mesh(model._mesh):
-            found = _score(model.config, model.router_config, model._weights, ids_BT, segments_BT, place_BK, target_BK)
-        logp_BK, greedy_BK = map(np.asarray, found)
+        logp_BK, greedy_BK = self.model.run(_score, ids_BT, segments_BT, place_BK, target_BK)
         counts = [len(target) for _, target in rows]
         return [
             (float(logp_BK[r, :n].sum(dtype=np.float64)), bool(greedy_BK[r, :n].all())) for r, n in enumerate(counts)
@@ -187,8 +185,12 @@ class TaskModel(TemplateLM):
     def _continue(self, prompts: list[list[int]], stops: tuple[str, ...], room: int) -> list[str]:
         rows: list[list[int]] = [[] for _ in prompts]
         ended = np.zeros(len(prompts), bool)
+        # The batch is filled by a text that ends when the last one does: the devices split it, and one shape compiles.
+        filled = prompts + prompts[-1:] * (self.batch - len(prompts))
 
         def on_token(row: int, token: int) -> None:
+            if row >= len(rows):
+                return
             rows[row].append(token)
             tail = self.tokenizer.decode(rows[row][-32:])
             ended[row] |= any(stop in tail for stop in stops)
@@ -196,7 +198,7 @@ class TaskModel(TemplateLM):
                 raise _Stopped
 
         try:
-            self.model.generate(prompts, max_new_tokens=room, on_token=on_token)
+            self.model.generate(filled, max_new_tokens=room, on_token=on_token)
         except _Stopped:
             pass
         self.tokens += sum(map(len, prompts)) + sum(map(len, rows))

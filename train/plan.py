@@ -9,7 +9,6 @@ biggest lever. Memory is estimated from the traced program, not measured.
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -60,10 +59,7 @@ class PlanConfig(AlternateConfig):
 
 def main(argv: list[str] | None = None) -> None:
     """Plan once: print the table, then fail if the run cannot fit."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    config: PlanConfig = cli.parse(PlanConfig, argv, __doc__ or "", prog="readme-jax plan")
+    config: PlanConfig = cli.parse(PlanConfig, argv, __doc__ or "", prog="readme-jax plan", first="config")
     device = accelerators.find(config.accelerator)
     mesh = planning.abstract_mesh(config.mesh, config.devices)
     config = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=mesh.shape["data"]))
