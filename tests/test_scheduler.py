@@ -444,7 +444,8 @@ def test_the_policy_is_checked():
 def test_upcoming_is_what_comes_if_tokens_on_the_device_keep_their_expert(policy, seed):
     rng = random.Random(seed)
     limits = dict(batch_requests=rng.randint(1, 4), batch_tokens=rng.randint(8, 20), chunk=rng.randint(1, 8))
-    s = scheduler(policy, max_live=rng.randint(1, 12), max_wait=rng.choice([1, 2, None]), page_tokens=2, reuse=False, **limits)
+    limits |= dict(max_live=rng.randint(1, 12), max_wait=rng.choice([1, 2, None]))
+    s = scheduler(policy, page_tokens=2, reuse=False, **limits)
     for i in range(12):
         s.add(request([rng.randrange(4) for _ in range(rng.randint(1, 20))], new=20, arrival=float(i)))
     for _ in range(rng.randint(0, 5)):
