@@ -129,7 +129,7 @@ def test_expert_aware_waits_for_the_device_rather_than_load():
     batch = s.schedule(missing_bytes=missing)
     assert batch.experts == {0}
     assert s.schedule(missing_bytes=missing) is None
-    assert s.upcoming(2) == [{1}]  # it is known all the same, and can be fetched
+    assert s.upcoming(2) == [{0}, {1}]  # both are known all the same: who comes back, and what could be fetched
     complete(s, batch, expert=0)
     assert s.schedule(missing_bytes=missing).experts == {0}
     other = scheduler("expert-aware", batch_requests=4)
@@ -441,19 +441,23 @@ def test_the_policy_is_checked():
 @pytest.mark.parametrize("policy", POLICIES)
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10**6))
-def test_upcoming_is_what_comes_if_nothing_else_happens(policy, seed):
+def test_upcoming_is_what_comes_if_tokens_on_the_device_keep_their_expert(policy, seed):
     rng = random.Random(seed)
     limits = dict(batch_requests=rng.randint(1, 4), batch_tokens=rng.randint(8, 20), chunk=rng.randint(1, 8))
-    s = scheduler(policy, max_live=rng.randint(1, 12), max_wait=rng.choice([1, 2, None]), page_tokens=2, **limits)
+    limits |= dict(max_live=rng.randint(1, 12), max_wait=rng.choice([1, 2, None]))
+    s = scheduler(policy, page_tokens=2, reuse=False, **limits)
     for i in range(12):
-        s.add(request([rng.randrange(4) for _ in range(rng.randint(1, 20))], new=5, arrival=float(i)))
+        s.add(request([rng.randrange(4) for _ in range(rng.randint(1, 20))], new=20, arrival=float(i)))
     for _ in range(rng.randint(0, 5)):
         batch = s.schedule()
         if batch:
             complete(s, batch, expert=rng.randrange(4))
-    ahead = s.schedule() and s.upcoming(4)
+    batch = s.schedule()
+    ahead = batch and s.upcoming(4)
     assert s.upcoming(2) == (ahead or [])[:2]
-    batches = [s.schedule() for _ in range(4)]  # none is completed, so no token becomes known
+    if batch:
+        s.complete(batch, [(7, work.request.experts[-1]) if work.samples else None for work in batch.works])
+    batches = [s.schedule() for _ in range(4)]  # none of these is completed, so no other token becomes known
     assert ahead is None or ahead == [batch.experts for batch in batches if batch]
 
 
@@ -461,9 +465,17 @@ def test_upcoming_holds_the_one_known_token_of_each_that_decodes():
     s = scheduler(batch_requests=2)
     decoding(s, [0, 1, 2, 3, 4])
     batch = s.schedule()
-    assert batch.experts == {0, 1} and s.upcoming(9) == [{2, 3}, {4}]
+    assert batch.experts == {0, 1} and s.upcoming(9) == [{0, 1}, {2, 3}, {4}]  # those two come back, once
     complete(s, batch, expert=6)
     assert s.upcoming(9) == [{6}, {2, 3}, {4}]  # asked before the next batch: that one is among them
+
+
+def test_who_ends_is_not_expected_back():
+    s = scheduler(batch_requests=2)
+    last, first = decoding(s, [0], new=1), decoding(s, [1, 2], new=2, arrival=1.0)
+    assert s.schedule().experts == {0, 1} and s.upcoming(9) == [{1, 2}]
+    s.finish(first[0], "cancelled")
+    assert s.upcoming(9) == [{2}] and last[0].state == "running"
 
 
 # ---- anything at any time -------------------------------------------------------------------------

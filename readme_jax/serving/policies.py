@@ -253,6 +253,25 @@ class View:
                 del self.prefills[request]
                 bisect.insort(self.decodes.setdefault(request.experts[start], []), request, key=age)
 
+    def expect(self, live: Iterable[Request]) -> None:
+        """For batches that are only imagined: who is on the device comes back once, with a token of the same expert.
+
+        Tokens keep their expert more often than they take any other. Where they do not, a page stays a little longer
+        than it had to. live: by age.
+        """
+        live = list(live)
+        back = [
+            request
+            for request in live
+            if request.flying and not request.left and request.generated + 1 < request.sampling.max_new_tokens
+        ]
+        for request in back:
+            self.at[request] = last = len(request.tokens) - 1
+            self._since[request] = self.number
+            bisect.insort(self.decodes.setdefault(request.experts[last], []), request, key=age)
+        self.at = {request: self.at[request] for request in live if request in self.at}
+        self._again = deque(sorted([*self._again, *back], key=age))
+
 
 def _take_all(view: View, draft: Draft, requests: Iterable[Request]) -> None:
     for request in requests:

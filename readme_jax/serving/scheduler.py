@@ -126,6 +126,7 @@ class Scheduler:
         self._ahead = []
         if not draft.picks:
             view.flying = False
+            view.expect(self.live)
             return None
         view.close(draft)
         for request, _, count in draft.picks:
@@ -138,6 +139,7 @@ class Scheduler:
                 request.started = now
         self.number += 1
         self._flying += 1
+        view.expect(self.live)
         return Batch(tuple([Work(*pick) for pick in draft.picks]))
 
     def complete(self, batch: Batch, sampled: Sequence[tuple[int, int] | None], now: float = 0.0) -> list[Request]:
@@ -177,12 +179,15 @@ class Scheduler:
         return got
 
     def upcoming(self, count: int) -> list[frozenset[int]]:
-        """Experts of the next `count` batches (or fewer), as they would be if nothing arrived and nothing were sampled.
+        """Experts of the next `count` batches (or fewer), as they would be if nothing arrived and nothing were sampled
+        but the tokens on the device, which keep their experts.
 
         Each token that is known and not on the device runs once: prompts, and the one next token of those that decode.
+        Requests on the device come back once (`View.expect`): what they ask for next is likely what is being read now.
         """
         if self._view is None:
             self._view = self._look()
+            self._view.expect(self.live)
         while len(self._ahead) < count:
             draft = Draft(self.limits)
             POLICIES[self.policy](self._view, draft)
