@@ -86,7 +86,7 @@ class Parts:
             self.bank, self._budget, policy=options.residency, mode=options.mode, record=recorder is not None
         )
         devices, (kv_pages, router_pages) = range(options.mesh_expert), self._kv_pages
-        if len(devices) > 1:
+        if self.runner.resident:
             self.residency.fill()
         self.pools = [PagePool(kv_pages, options.kv_page, first=x * kv_pages) for x in devices]
         self.router_pools = [
