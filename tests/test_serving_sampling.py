@@ -144,7 +144,8 @@ def test_empty_rows_and_a_small_vocabulary(mesh):
     rows = sampling.host_rows([None, request(logprobs=20)])
     history = sampling.History(np.full((2, 4), 7, np.int32), np.zeros((2, 4), np.int32))
     logits_BV = np.array([[0, 2, 2, 1, 0, 0, 0], [5, 1, 1, 1, 6, 0, 0]], np.float32)
-    drawn = sampling.sample(jnp.asarray(logits_BV.T), jax.tree.map(jnp.asarray, rows), jax.tree.map(jnp.asarray, history))
+    rows, history = jax.tree.map(jnp.asarray, (rows, history))
+    drawn = sampling.sample(jnp.asarray(logits_BV.T), rows, history)
     assert drawn.token_B.tolist() == [1, 4], "the first of equals"
     assert drawn.top_BK.shape == (2, sampling.TOP) and drawn.top_BK[1, :2].tolist() == [4, 0]
 

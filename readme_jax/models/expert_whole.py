@@ -46,7 +46,7 @@ def host_lists(touch_LPE: np.ndarray) -> np.ndarray:
 
 
 def ffn(x_MD: jax.Array, whole: Whole, expert_M: jax.Array) -> jax.Array:
-    """[M, D]: for each token the sum over the channels that its expert has, as `expert_pages.ffn`; all pages are read."""
+    """[M, D]: for each token the sum over its expert's channels, as `expert_pages.ffn`; all pages are read."""
     (p, q, d), m = whole.wide_PQD.shape, len(x_MD)
     wide_P2RM = times(x_MD, whole.wide_PQD.reshape(p * q, d)).T.reshape(p, 2, q // 2, m)
     if whole.bias_P2R is not None:

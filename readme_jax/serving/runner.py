@@ -293,7 +293,8 @@ class Runner:
     def close(self) -> None:
         """Give the device memory back."""
         self._programs.close()
-        for name in ("_pages", "_whole", "_lists", "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
+        pages = "_pages", "_whole", "_lists"
+        for name in (*pages, "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
             for array in jax.tree.leaves(self.__dict__.pop(name, None)):
                 array.delete()
 
