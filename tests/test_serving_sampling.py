@@ -158,3 +158,11 @@ def test_history_counts_the_output_alone():
     assert sampling.host_history([None, request(temperature=1.0)], 8, VOCAB) is None
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert sampling.penalised(dataclasses.replace(SamplingParams(), **{name: 0.5}))
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 300])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_is_argmax(mesh, vocab, rows):
+    """The first of equals, in logits [V, B] of any size."""
+    logits_VB = np.random.default_rng(vocab).integers(-3, 3, (vocab, rows)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(sampling.greedy)(jnp.asarray(logits_VB)), logits_VB.argmax(0))
