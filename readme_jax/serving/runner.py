@@ -74,7 +74,7 @@ class Runner:
     folder: a model folder. bank: its pages. kv_pages, router_pages: pages of keys and values, `kv_page` positions each,
     of the backbone (in every layer) and of the router. limits: give the ladder of shapes. context: longest row.
     load_sizes: pages that `insert` takes at a time. The weights outside the pool are on the device when this returns.
-    resident: the pages too, in place of a pool: where a CPU has room for all of them, see `models.expert_whole`.
+    resident: the pages are so too, in place of a pool: for CPUs with room for all of them, see `models.expert_whole`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Runner:
         context: int,
         dtype: str = "float32",
         load_sizes: Sequence[int] = (4, 32),
+        resident: bool = False,
     ):
         self.cfg, expert_config, self.router_cfg = hf.read_config(Path(folder))
         require(expert_config is not None, f"{folder}: a dense model has no experts to serve")
@@ -105,7 +106,7 @@ class Runner:
         self._mesh = make_mesh(MeshConfig(data=1))
         self._place = jax.NamedSharding(self._mesh, REPLICATED)
         self.device = self._mesh.devices.item()
-        self.resident = self.device.platform == "cpu" and slots >= bank.total
+        self.resident = resident
         self._load(params, table_LEC, router_params)
 
     # ---- what lies on the device ------------------------------------------------------------------
