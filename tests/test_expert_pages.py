@@ -182,14 +182,12 @@ def test_pages_in_their_place_are_the_masked_ffn(mesh, storage, count, page, bia
     rng = np.random.default_rng(5)
     x_MD = put(rng.normal(size=(tokens, D)).astype(np.float32))
     expert_M = put(rng.integers(0, count, tokens).astype(np.int32))
-    pages_IQD = expert_pages.host_pages(weights, bank.order_LR, bank.page)
     bits_IWR = expert_pages.member_bits(expert_pages.membership(table_LEC, bank.order_LR, bank.page))
     bias_I2R = expert_pages.host_biases(weights, bank.order_LR, bank.page) if biases else None
     list_ELX = expert_whole.host_lists(bank.touch_LPE)
-    for layer in range(LAYERS):
-        mine = slice(layer * bank.pages, (layer + 1) * bank.pages)
-        bias_P2R = None if bias_I2R is None else bias_I2R[mine]
-        whole = jax.tree.map(put, expert_whole.host_whole(pages_IQD[mine], bits_IWR[mine], bias_P2R))
+    host = expert_whole.host_layers(weights, bank.order_LR, bits_IWR, bias_I2R, np.float32)
+    for layer, one in enumerate(host):
+        whole = jax.tree.map(put, one)
         expected = oracle(x_MD, weights, table_LEC, layer, expert_M)
         np.testing.assert_allclose(jax.jit(expert_whole.ffn)(x_MD, whole, expert_M), expected, rtol=0, atol=2e-5)
         if tokens == 1:

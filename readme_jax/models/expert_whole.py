@@ -8,12 +8,14 @@ Letters as in `expert_pages`; P pages of a layer, U = P * R channels in the page
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from readme_jax.models.expert_kernels import keep
+from readme_jax.models.expert_pages import host_pages
 from readme_jax.models.layers import times
 
 
@@ -36,6 +38,20 @@ def host_whole(pages_PQD: np.ndarray, member_PWR: np.ndarray, bias_P2R: np.ndarr
     down_DU = down_PRD.reshape(-1, pages_PQD.shape[2]).T
     member_WU = member_PWR.transpose(1, 0, 2).reshape(member_PWR.shape[1], -1)
     return Whole(*map(np.ascontiguousarray, (wide_PQD, down_DU, member_WU)), bias_P2R)  # pyright: ignore
+
+
+def host_layers(
+    layers: dict[str, np.ndarray], order_LR: np.ndarray, member_IWR: np.ndarray, bias_I2R: np.ndarray | None, dtype
+) -> Iterator[Whole]:
+    """`host_whole` of one layer after another, each only while it is looked at. layers, order_LR: as for
+    `expert_pages.host_pages`; member_IWR, bias_I2R: of all layers' pages."""
+    page = member_IWR.shape[2]
+    pages = order_LR.shape[1] // page
+    for index in range(len(order_LR)):
+        mine, items = slice(index, index + 1), slice(index * pages, (index + 1) * pages)
+        one = {name: layers[name][mine] for name in ("w_gate", "w_up", "w_down")}
+        pages_PQD = host_pages(one, order_LR[mine], page).astype(dtype)
+        yield host_whole(pages_PQD, member_IWR[items], None if bias_I2R is None else bias_I2R[items])
 
 
 def host_lists(touch_LPE: np.ndarray) -> np.ndarray:

@@ -118,7 +118,8 @@ class Runner:
         member_IWR = expert_pages.member_bits(expert_pages.membership(table_LEC, bank.order_LR, bank.page))
         put, self._rows = self._put, row_major(self._place)
         if self.resident:
-            self._whole = [put(whole) for whole in self._host_whole(layers, member_IWR, bias_I2R)]
+            host = expert_whole.host_layers(layers, bank.order_LR, member_IWR, bias_I2R, self.dtype)
+            self._whole = [put(whole) for whole in host]
             self._lists = put(expert_whole.host_lists(bank.touch_LPE))
         else:
             pool_SQD = np.zeros((self.slots, 3 * bank.page, cfg.embed), self.dtype)
@@ -142,15 +143,6 @@ class Runner:
             self._silent[b] = put(sampling.History(*nothing)) if b not in self._silent else self._silent[b]
         self._layer_bytes = sum(w.nbytes for w in jax.tree.leaves(self._layers[0]))
         self._head_bytes = self._top.get("head", self._top["embedding"]).nbytes
-
-    def _host_whole(self, layers: dict[str, Any], member_IWR: np.ndarray, bias_I2R: np.ndarray | None):
-        """The pages of one layer after another, each only as long as it is asked for."""
-        bank = self.bank
-        for index in range(bank.layers):
-            mine, items = slice(index, index + 1), slice(index * bank.pages, (index + 1) * bank.pages)
-            one = {name: layers[name][mine] for name in ("w_gate", "w_up", "w_down")}
-            pages_PQD = expert_pages.host_pages(one, bank.order_LR[mine], bank.page).astype(self.dtype)
-            yield expert_whole.host_whole(pages_PQD, member_IWR[items], None if bias_I2R is None else bias_I2R[items])
 
     def _put(self, tree: Any) -> Any:
         return jax.device_put(tree, self._place)
