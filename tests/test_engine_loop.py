@@ -95,8 +95,7 @@ def test_output_depends_on_no_policy(model, schedule, residency):
         assert {"stop", "length", "cancelled"} <= set(reasons)
         check_empty(engine)
         moved, planned = engine.parts.transfers.moved, engine.parts.residency.counters
-        assert moved.loads == planned.loads and moved.bytes == planned.bytes_loaded
-        assert (moved.bytes == 0) == (memory == "1.0x"), "all pages stay where they are"
+        assert moved.loads == planned.loads and moved.bytes == planned.bytes_loaded > 0
 
 
 def test_the_runs_above_meet_what_they_are_for(model):
