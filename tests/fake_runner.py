@@ -47,7 +47,12 @@ def expected(prompt, room):
 class FakeRunner:
     """See the module. The interface is that of `serving.runner.Runner`."""
 
-    def __init__(self, folder, bank, *, slots, kv_pages, kv_page, router_pages, limits, context, dtype, load_sizes):
+    resident = False  # it checks loads at every budget
+
+    def __init__(
+        self, folder, bank, *, slots, kv_pages, kv_page, router_pages, limits, context, dtype, load_sizes, resident
+    ):
+        del resident
         rng = np.random.default_rng(0)
         width, depth = int(bank.order_LR.max()) + 1, bank.page_bytes // (12 * bank.page)
         self.host_weights = tuple(rng.normal(size=(bank.layers, width, depth)).astype(np.float32) for _ in range(3))

@@ -48,20 +48,23 @@ def write(folder: Path, *, storage: str = "tied", routed: bool = True, experts: 
 
 
 class Shared:
-    """A runner that many engines use one after the other, so that its programs are compiled once.
+    """A runner that many engines use one after the other, so that its programs are compiled once; another for engines
+    whose experts all stay in their place.
 
     A pool of expert pages has room for all of them, of which an engine's budget uses some. What earlier engines left in
     pool and pages stays there, as in an engine that has served for long.
     """
 
     def __init__(self, kind, **largest):
-        self._kind, self._runner, self._largest = kind, None, largest
+        self._kind, self._runner, self._largest, self._made = kind, None, largest, {}
 
     def __call__(self, folder, bank, **options):
-        if self._runner is None:
+        resident = options.get("resident")
+        if resident not in self._made:
             options |= self._largest | ({"slots": bank.total} if "slots" in options else {})
-            self._runner = self._kind(folder, bank, **options)
-            self._runner.compile(False)
+            self._made[resident] = self._kind(folder, bank, **options)
+            self._made[resident].compile(False)
+        self._runner = self._made[resident]
         return self
 
     def __getattr__(self, name):
@@ -74,8 +77,8 @@ class Shared:
         pass
 
     def end(self):
-        if self._runner is not None:
-            self._runner.close()
+        for runner in self._made.values():
+            runner.close()
 
 
 def serve(engine, requests, rng, cancel=0.03):

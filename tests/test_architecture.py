@@ -17,7 +17,7 @@ ORDER = """
     config accelerators peers sharding distributed artifacts metrics checkpoint
     registry gguf_convert domain_text sources weights hf_config hf placement corpus packing data routing
     models models.layers models.parallel models.experts models.backbone models.router
-    models.expert_kernels models.expert_pages models.paged
+    models.expert_kernels models.expert_pages models.expert_whole models.paged
     statistics calibrate discover carve labels losses optim steps masks evaluate loop refit alternate
     routed teacher flops abstract jaxprs liveness planning
     generation api task_data tasks serving serving.request serving.pages serving.policies serving.scheduler

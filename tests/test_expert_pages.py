@@ -1,5 +1,6 @@
 """The FFN over pages against the masked FFN of part 1: tied, separate, static; any slots, parts that add up."""
 
+import dataclasses
 import functools
 import types
 
@@ -10,8 +11,9 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from oracles_core import random_table
 
-from readme_jax.models import expert_kernels, expert_pages, experts
+from readme_jax.models import expert_kernels, expert_pages, expert_whole, experts
 from readme_jax.models.expert_pages import Pages
+from readme_jax.models.layers import FEW_ROWS
 from readme_jax.serving.bank import Bank
 from readme_jax.sharding import AXES, put
 
@@ -170,3 +172,28 @@ def test_one_program_for_any_number_of_pages(mesh):
         x_MD = put(rng.normal(size=(2, D)).astype(np.float32))
         program(x_MD, pages, *listed(bank, slot_I, 0, named, rng), put(np.array([min(named)] * 2, np.int32)))
     assert program._cache_size() == 1
+
+
+@pytest.mark.parametrize("storage, count, page, biases", CASES)
+@pytest.mark.parametrize("tokens", [1, 6, FEW_ROWS + 1])
+def test_pages_in_their_place_are_the_masked_ffn(mesh, storage, count, page, biases, tokens):
+    """All pages of a layer in two arrays; one token reads the pages on its expert's list only."""
+    bank, table_LEC, weights = bank_and_weights(storage, count, page, biases)
+    rng = np.random.default_rng(5)
+    x_MD = put(rng.normal(size=(tokens, D)).astype(np.float32))
+    expert_M = put(rng.integers(0, count, tokens).astype(np.int32))
+    bits_IWR = expert_pages.member_bits(expert_pages.membership(table_LEC, bank.order_LR, bank.page))
+    bias_I2R = expert_pages.host_biases(weights, bank.order_LR, bank.page) if biases else None
+    list_ELX = expert_whole.host_lists(bank.touch_LPE)
+    host = expert_whole.host_layers(weights, bank.order_LR, bits_IWR, bias_I2R, np.float32)
+    for layer, one in enumerate(host):
+        whole = jax.tree.map(put, one)
+        expected = oracle(x_MD, weights, table_LEC, layer, expert_M)
+        np.testing.assert_allclose(jax.jit(expert_whole.ffn)(x_MD, whole, expert_M), expected, rtol=0, atol=2e-5)
+        if tokens == 1:
+            list_X = list_ELX[int(expert_M[0]), layer]
+            assert sorted(list_X[: list_X[-1]]) == sorted(bank.need([int(expert_M[0])])[layer])
+            away = np.isin(np.arange(bank.pages), list_X[: list_X[-1]], invert=True)
+            poisoned = dataclasses.replace(whole, wide_PQD=whole.wide_PQD.at[away].set(np.nan))
+            got = jax.jit(expert_whole.listed)(x_MD, poisoned, put(list_X), expert_M)
+            np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5)

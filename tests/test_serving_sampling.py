@@ -33,7 +33,7 @@ def request(prompt=(1, 2), output=(), choice=0, **options):
 
 @jax.jit
 def draw(logits_BV, rows, history):
-    return sampling.sample(logits_BV, rows, history)
+    return sampling.sample(logits_BV.T, rows, history)
 
 
 def run(logits_BV, requests):
@@ -144,7 +144,8 @@ def test_empty_rows_and_a_small_vocabulary(mesh):
     rows = sampling.host_rows([None, request(logprobs=20)])
     history = sampling.History(np.full((2, 4), 7, np.int32), np.zeros((2, 4), np.int32))
     logits_BV = np.array([[0, 2, 2, 1, 0, 0, 0], [5, 1, 1, 1, 6, 0, 0]], np.float32)
-    drawn = sampling.sample(jnp.asarray(logits_BV), jax.tree.map(jnp.asarray, rows), jax.tree.map(jnp.asarray, history))
+    rows, history = jax.tree.map(jnp.asarray, (rows, history))
+    drawn = sampling.sample(jnp.asarray(logits_BV.T), rows, history)
     assert drawn.token_B.tolist() == [1, 4], "the first of equals"
     assert drawn.top_BK.shape == (2, sampling.TOP) and drawn.top_BK[1, :2].tolist() == [4, 0]
 
@@ -157,3 +158,11 @@ def test_history_counts_the_output_alone():
     assert sampling.host_history([None, request(temperature=1.0)], 8, VOCAB) is None
     for name in ("repetition_penalty", "presence_penalty", "frequency_penalty"):
         assert sampling.penalised(dataclasses.replace(SamplingParams(), **{name: 0.5}))
+
+
+@pytest.mark.parametrize("vocab", [5, 128, 300])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_greedy_is_argmax(mesh, vocab, rows):
+    """The first of equals, in logits [V, B] of any size."""
+    logits_VB = np.random.default_rng(vocab).integers(-3, 3, (vocab, rows)).astype(np.float32)
+    np.testing.assert_array_equal(jax.jit(sampling.greedy)(jnp.asarray(logits_VB)), logits_VB.argmax(0))

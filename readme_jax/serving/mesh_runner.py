@@ -92,6 +92,7 @@ class MeshRunner:
         dtype: str = "float32",
     ):
         check(folder, bank, devices)
+        self.resident = True  # nothing is ever loaded
         self._mesh = make_mesh(MeshConfig(data=1, expert=devices))
         self.cfg, _, router_cfg = hf.read_config(Path(folder))
         params, _, router_params = hf.load_params(folder, dtype=jnp.dtype(dtype))

@@ -6,6 +6,7 @@ import time
 import weakref
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -69,7 +70,9 @@ class Parts:
         if options.mesh_expert > 1:
             self.runner = MeshRunner(model.folder, self.bank, devices=options.mesh_expert, **shape)
         else:
-            self.runner = Runner(model.folder, self.bank, slots=slots, load_sizes=LOAD_SIZES, **shape)
+            resident = jax.default_backend() == "cpu" and slots >= self.bank.total
+            shape |= dict(slots=slots, load_sizes=LOAD_SIZES, resident=resident)
+            self.runner = Runner(model.folder, self.bank, **shape)
         self.runner.compile(progress)
         self.begin(options, recorder)
 
@@ -86,7 +89,7 @@ class Parts:
             self.bank, self._budget, policy=options.residency, mode=options.mode, record=recorder is not None
         )
         devices, (kv_pages, router_pages) = range(options.mesh_expert), self._kv_pages
-        if len(devices) > 1:
+        if self.runner.resident:
             self.residency.fill()
         self.pools = [PagePool(kv_pages, options.kv_page, first=x * kv_pages) for x in devices]
         self.router_pools = [

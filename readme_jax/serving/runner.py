@@ -6,6 +6,7 @@ knows a request's past: a step reads what it needs of its requests when it is en
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 
 from readme_jax import hf
 from readme_jax.config import require
-from readme_jax.models import expert_pages, paged
+from readme_jax.models import expert_pages, expert_whole, paged
 from readme_jax.models.expert_kernels import row_major
 from readme_jax.models.expert_pages import Pages
 from readme_jax.models.paged import Cache, Rows
@@ -34,19 +35,17 @@ from readme_jax.sharding import REPLICATED, MeshConfig, make_mesh
 class Segment:
     """Rows of a step that run together; arrays are on the device.
 
-    works: their places in the batch. last: place of a prompt piece's last token. flat_2Z: items and slots of all passes
-    one after another; tables: for each L passes, int32 [L, 4], see `segments.passes`. live: whether a pass has anything
-    to do here. draw: what sampling takes, None where nobody samples.
+    works: their places in the batch. told: the rows and the place of a prompt piece's last token, `segments.packed`.
+    passes: (flat_2Z, tables, live): items and slots of all passes one after another; for each L passes, int32 [L, 4],
+    see `segments.passes`; whether a pass has anything to do here. None where all pages are in their place. draw: what
+    sampling takes, None where nobody samples.
     """
 
     works: tuple[int, ...]
     shape: tuple[int, int]
-    rows: Rows
-    last: jax.Array
-    flat_2Z: jax.Array
-    tables: tuple[jax.Array, ...]
-    live: list[bool]
-    draw: tuple[Any, ...] | None
+    told: jax.Array
+    passes: tuple[jax.Array, tuple[jax.Array, ...], list[bool]] | None
+    draw: tuple[jax.Array, sampling.History] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +74,7 @@ class Runner:
     folder: a model folder. bank: its pages. kv_pages, router_pages: pages of keys and values, `kv_page` positions each,
     of the backbone (in every layer) and of the router. limits: give the ladder of shapes. context: longest row.
     load_sizes: pages that `insert` takes at a time. The weights outside the pool are on the device when this returns.
+    resident: the pages are so too, in place of a pool: for CPUs with room for all of them, see `models.expert_whole`.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class Runner:
         context: int,
         dtype: str = "float32",
         load_sizes: Sequence[int] = (4, 32),
+        resident: bool = False,
     ):
         self.cfg, expert_config, self.router_cfg = hf.read_config(Path(folder))
         require(expert_config is not None, f"{folder}: a dense model has no experts to serve")
@@ -105,6 +106,7 @@ class Runner:
         self._mesh = make_mesh(MeshConfig(data=1))
         self._place = jax.NamedSharding(self._mesh, REPLICATED)
         self.device = self._mesh.devices.item()
+        self.resident = resident
         self._load(params, table_LEC, router_params)
 
     # ---- what lies on the device ------------------------------------------------------------------
@@ -112,12 +114,16 @@ class Runner:
     def _load(self, params: dict[str, Any], table_LEC: np.ndarray, router_params: Any) -> None:
         cfg, bank, layers = self.cfg, self.bank, params["layers"]
         self.host_weights = layers["w_gate"], layers["w_up"], layers["w_down"]
-        pool_SQD = np.zeros((self.slots, 3 * bank.page, cfg.embed), self.dtype)
         bias_I2R = expert_pages.host_biases(layers, bank.order_LR, bank.page) if cfg.mlp_bias else None
-        member_IER = expert_pages.membership(table_LEC, bank.order_LR, bank.page)
-        pages = Pages(pool_SQD, expert_pages.member_bits(member_IER), bias_I2R)  # pyright: ignore
+        member_IWR = expert_pages.member_bits(expert_pages.membership(table_LEC, bank.order_LR, bank.page))
         put, self._rows = self._put, row_major(self._place)
-        self._pages = jax.device_put(pages, self._rows)
+        if self.resident:
+            host = expert_whole.host_layers(layers, bank.order_LR, member_IWR, bias_I2R, self.dtype)
+            self._whole = [put(whole) for whole in host]
+            self._lists = put(expert_whole.host_lists(bank.touch_LPE))
+        else:
+            pool_SQD = np.zeros((self.slots, 3 * bank.page, cfg.embed), self.dtype)
+            self._pages = jax.device_put(Pages(pool_SQD, member_IWR, bias_I2R), self._rows)  # pyright: ignore
         self._top = put({name: w for name, w in params.items() if name != "layers"})
         self._layers = [put(paged.layer_weights(cfg, layers, index, self.dtype)) for index in range(cfg.layer)]
         self._windows = put(np.array(cfg.windows, np.int32)) if any(cfg.windows) else None
@@ -131,7 +137,7 @@ class Runner:
         self._index = [put(np.int32(i)) for i in range(cfg.layer)]
         self._start, self._silent = {}, {}
         for b, t in self.shapes:
-            stream = (np.zeros((b, t, cfg.embed), self.dtype),) * 2
+            stream = (np.zeros((b, t, cfg.embed), self.dtype),) * (1 if self.resident else 2)
             self._start[b, t] = put(stream)
             nothing = np.full((b, self.context), cfg.vocab, np.int32), np.zeros((b, self.context), np.int32)
             self._silent[b] = put(sampling.History(*nothing)) if b not in self._silent else self._silent[b]
@@ -158,7 +164,31 @@ class Runner:
 
     # ---- programs ---------------------------------------------------------------------------------
 
-    def _layer_program(self, weights, embedding, cache, stream, rows, pages, which: _Pass, windows):
+    def _rows_told(self, b: int, t: int) -> tuple[Rows, np.ndarray]:
+        """Rows of padding and a last token: what a segment is told, before it is packed."""
+        return segments.empty(self._grid, b, t, self.kv_slots), np.zeros(1, np.int32)
+
+    def _draw_told(self, asked: Sequence[Request | None]) -> tuple[sampling.Rows, Rows]:
+        """What sampling and the router's step of a segment are told, before it is packed."""
+        return sampling.host_rows(asked), segments.empty(self._grid, len(asked), 1, self.router_slots)
+
+    def _whole_program(self, weights, embedding, cache, stream, told, whole, lists_ELX, windows, index):
+        (x_BTD,) = stream
+        b, t, _ = x_BTD.shape
+        rows, _ = segments.unpacked(told, self._rows_told(b, t))
+        x_BTD = jnp.where(index == 0, embedding[rows.ids_BT].astype(x_BTD.dtype), x_BTD)
+        window = None if windows is None else windows[index]
+        (x_BTD, normed_BTD), cache = paged.mix(self.cfg, weights, cache, x_BTD, rows, window, page=self.kv_page)
+        with jax.named_scope("experts"):
+            x_MD, expert_M = normed_BTD.reshape(b * t, -1), rows.expert_BT.reshape(-1)
+            if b * t == 1:
+                y_MD = expert_whole.listed(x_MD, whole, lists_ELX[expert_M[0], index], expert_M)
+            else:
+                y_MD = expert_whole.ffn(x_MD, whole, expert_M)
+        return (x_BTD + y_MD.reshape(x_BTD.shape),), cache
+
+    def _layer_program(self, weights, embedding, cache, stream, told, pages, which: _Pass, windows):
+        rows, _ = segments.unpacked(told, self._rows_told(*stream[0].shape[:2]))
         entry_4 = which.table_L4[which.at]
         first, count = entry_4[segments.FIRST], entry_4[segments.COUNT]
         item_N, slot_N = jax.lax.dynamic_slice(which.flat_2Z, (0, first), (2, self.bank.pages))
@@ -178,19 +208,24 @@ class Runner:
             page=self.kv_page,
         )
 
-    def _last_program(self, x_1TD, last):
-        return jax.lax.dynamic_slice_in_dim(x_1TD, last, 1, axis=1)
+    def _last_program(self, x_1TD, told):
+        _, last_1 = segments.unpacked(told, self._rows_told(1, x_1TD.shape[1]))
+        return jax.lax.dynamic_slice_in_dim(x_1TD, last_1[0], 1, axis=1)
 
-    def _finish_program(self, top, router, router_cache, x_B1D, draw, history, rows):
+    def _finish_program(self, top, router, router_cache, x_B1D, told, history):
+        draw, rows = segments.unpacked(told, self._draw_told([None] * len(x_B1D)))
         drawn = sampling.sample(paged.logits(self.cfg, top, x_B1D[:, 0]), draw, history)
         expert_B = jnp.zeros_like(drawn.token_B)
         if router is not None:
             rows = dataclasses.replace(rows, ids_BT=drawn.token_B[:, None])
-            expert_BT, router_cache = self._route(router, router_cache, rows)
+            expert_BT, router_cache = self._route_rows(router, router_cache, rows)
             expert_B = expert_BT[:, 0]
         return jnp.stack([drawn.token_B, expert_B]), drawn, router_cache
 
-    def _route(self, router, cache, rows):
+    def _route_program(self, router, cache, told, t: int):
+        return self._route_rows(router, cache, segments.unpacked(told, self._rows_told(1, t))[0])
+
+    def _route_rows(self, router, cache, rows):
         assert self.router_cfg is not None
         return paged.route(self.router_cfg, router, cache, rows, self.cfg.rope_theta, page=self.kv_page)
 
@@ -203,18 +238,24 @@ class Runner:
         which = self._put(_Pass(flat_2Z, np.zeros((self.cfg.layer, 4), np.int32), np.int32(0)))  # pyright: ignore
         jobs = []
         for b, t in self.shapes:
-            rows, stream = self._put(segments.empty(self._grid, b, t, self.kv_slots)), self._start[b, t]
-            layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, rows, self._pages, which)
-            jobs.append(Job(("layer", b, t), self._layer_program, (*layer, self._windows), (2,)))
+            told, stream = self._put(segments.packed(self._rows_told(b, t))), self._start[b, t]
+            layer = (self._layers[0], self._top["embedding"], self._caches[0], stream, told)
+            if self.resident:
+                layer = (*layer, self._whole[0], self._lists, self._windows, self._index[0])
+                jobs.append(Job(("layer", b, t), self._whole_program, layer, (2,)))
+            else:
+                layer = (*layer, self._pages, which, self._windows)
+                jobs.append(Job(("layer", b, t), self._layer_program, layer, (2,)))
             if t > 1:
-                jobs.append(Job(("last", t), self._last_program, (stream[0], self._index[0]), ()))
+                jobs.append(Job(("last", t), self._last_program, (stream[0], told), ()))
                 if self._router is not None:
-                    jobs.append(Job(("route", t), self._route, (self._router, self._router_cache, rows), (1,)))
+                    route = functools.partial(self._route_program, t=t)
+                    jobs.append(Job(("route", t), route, (self._router, self._router_cache, told), (1,)))
                 continue
-            draw, new = self._put((sampling.host_rows([None] * b), segments.empty(self._grid, b, 1, self.router_slots)))
-            finish = (self._top, self._router, self._router_cache, stream[0], draw, self._silent[b], new)
+            told = self._put(segments.packed(self._draw_told([None] * b)))
+            finish = (self._top, self._router, self._router_cache, stream[0], told, self._silent[b])
             jobs.append(Job(("finish", b), self._finish_program, finish, (2,)))
-        for size in self.load_sizes:
+        for size in () if self.resident else self.load_sizes:
             pool_SQD = self._pages.pool_SQD
             new = self._put((np.zeros((size, *pool_SQD.shape[1:]), self.dtype), np.zeros(size, np.int32)))
             jobs.append(Job(("insert", size), self._insert_program, (pool_SQD, *new), (0,), self._rows))
@@ -233,7 +274,7 @@ class Runner:
         if self._router is None:
             return 0.0
         with jax.set_mesh(self._mesh):
-            program = jax.jit(self._route, donate_argnums=1)
+            program = jax.jit(self._route_rows, donate_argnums=1)
             new, taken = self._put(segments.empty(self._grid, rows, 1, self.router_slots)), []
             for _ in range(times):
                 began = time.perf_counter()
@@ -245,7 +286,8 @@ class Runner:
     def close(self) -> None:
         """Give the device memory back."""
         self._programs.close()
-        for name in ("_pages", "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
+        pages = "_pages", "_whole", "_lists"
+        for name in (*pages, "_top", "_layers", "_caches", "_router", "_router_cache", "_start", "_silent"):
             for array in jax.tree.leaves(self.__dict__.pop(name, None)):
                 array.delete()
 
@@ -261,8 +303,8 @@ class Runner:
             t = self._grid.fit(len(ids))
             rows = segments.empty(self._grid, 1, t, self.router_slots)
             segments.fill(self._grid, rows, 0, ids, first + start, router_pages)
-            program = self._programs["route", t]
-            expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(rows))
+            program, told = self._programs["route", t], segments.packed((rows, np.zeros(1, np.int32)))
+            expert_BT, self._router_cache = program(self._router, self._router_cache, self._put(told))
             out.append((len(ids), expert_BT))
         return out
 
@@ -288,31 +330,36 @@ class Runner:
     def _segment(self, batch: Batch, plan: StepPlan, shape: tuple[int, int], places: list[int]) -> Segment:
         b, t = shape
         works = [batch.works[i] for i in places]
-        rows = segments.empty(self._grid, b, t, self.kv_slots)
-        new = segments.empty(self._grid, b, 1, self.router_slots)
+        rows, last_1 = self._rows_told(b, t)
+        last_1[0] = works[0].count - 1
         asked: list[Request | None] = [None] * b
         for row, work in enumerate(works):
             request, end = work.request, work.start + work.count
             segments.fill(self._grid, rows, row, request.tokens[work.start : end], work.start, request.pages)
             rows.expert_BT[row, : work.count] = request.experts[work.start : end]
-            if work.samples:
-                asked[row] = request
-                if self._router is not None:
-                    segments.fill(self._grid, new, row, [0], end, request.router_pages)
-        flat_2Z, tables, live = segments.passes(self.bank, works, plan)
-        pages = int(tables[..., segments.COUNT].sum())
+            asked[row] = request if work.samples else None
+        passes = None
+        if self.resident:
+            pages = self.bank.need_count(works[0].experts) if b * t == 1 else self.bank.items
+        else:
+            flat_2Z, tables, live = segments.passes(self.bank, works, plan)
+            pages = int(tables[..., segments.COUNT].sum())
+            passes = (*self._put((flat_2Z, tuple(tables))), live.tolist())
         self.bytes_read += pages * self.bank.page_bytes + self.cfg.layer * self._layer_bytes
         kv = 2 * self.cfg.layer * self.cfg.kv_head * self.cfg.head_dim * self.dtype.itemsize
         self.bytes_read += kv * sum(work.start + work.count for work in works)
-        last = np.int32(works[0].count - 1)
-        rows, last, flat_2Z, tables = self._put((rows, last, flat_2Z, tuple(tables)))
         draw = None
         if any(asked):
             self.bytes_read += self._head_bytes
             history = sampling.host_history(asked, self.context, self.cfg.vocab)
-            draw = self._put((sampling.host_rows(asked), new))
-            draw = (draw[0], self._silent[b] if history is None else self._put(history), draw[1])
-        return Segment(tuple(places), shape, rows, last, flat_2Z, tables, live.tolist(), draw)
+            told = self._draw_told(asked)
+            if self._router is not None:
+                for row, request in enumerate(asked):
+                    if request is not None:
+                        end = works[row].start + works[row].count
+                        segments.fill(self._grid, told[1], row, [0], end, request.router_pages)
+            draw = self._put(segments.packed(told)), self._silent[b] if history is None else self._put(history)
+        return Segment(tuple(places), shape, self._put(segments.packed((rows, last_1))), passes, draw)
 
     def step(self, batch: Batch, plan: StepPlan, before_pass: Callable[[int], None] | None = None) -> Flight:
         """Enqueue a step: every pass of the plan for every segment of the batch, then sampling and the router.
@@ -326,24 +373,21 @@ class Runner:
             if before_pass is not None:
                 before_pass(n)
             for s, segment in enumerate(parts):
-                if not segment.live[n]:
+                if segment.passes is None:
+                    more = (self._whole[layer], self._lists, self._windows, self._index[layer])
+                elif segment.passes[2][n]:
+                    flat_2Z, tables, _ = segment.passes
+                    more = (self._pages, _Pass(flat_2Z, tables[n // depth], self._index[n % depth]), self._windows)
+                else:
                     continue
-                which = _Pass(segment.flat_2Z, segment.tables[n // depth], self._index[n % depth])
                 streams[s], self._caches[layer] = self._programs["layer", *segment.shape](
-                    self._layers[layer],
-                    embedding,
-                    self._caches[layer],
-                    streams[s],
-                    segment.rows,
-                    self._pages,
-                    which,
-                    self._windows,
+                    self._layers[layer], embedding, self._caches[layer], streams[s], segment.told, *more
                 )
         drawn = []
         for segment, stream in zip(parts, streams):
             if segment.draw is not None:
                 (b, t), x_BTD = segment.shape, stream[0]
-                x_B1D = x_BTD if t == 1 else self._programs["last", t](x_BTD, segment.last)
+                x_B1D = x_BTD if t == 1 else self._programs["last", t](x_BTD, segment.told)
                 pair_2B, rest, self._router_cache = self._programs["finish", b](
                     self._top, self._router, self._router_cache, x_B1D, *segment.draw
                 )

@@ -109,6 +109,16 @@ def best(x_BV: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.min(jnp.min(at_BUL, 1), -1), x_BV.shape[1] - 1)
 
 
+def greedy(x_VB: jax.Array) -> jax.Array:
+    """`best` of logits [V, B]."""
+    v, b = x_VB.shape
+    x_UX = jnp.pad(x_VB, ((0, -v % LANES), (0, 0)), constant_values=MASKED).reshape(-1, LANES * b)
+    most_B = jnp.max(jnp.max(x_UX, 0).reshape(LANES, b), 0)
+    id_UX = (jnp.arange(x_UX.size, dtype=jnp.int32) // b).reshape(x_UX.shape)
+    at_UX = jnp.where(x_UX == jnp.tile(most_B, LANES), id_UX, jnp.int32(2**31 - 1))
+    return jnp.minimum(jnp.min(jnp.min(at_UX, 0).reshape(LANES, b), 0), v - 1)
+
+
 def _penalise(logits_BV: jax.Array, rows: Rows, history: History) -> jax.Array:
     repetition_B1, presence_B1, frequency_B1 = (rows.real_BP[:, i, None] for i in (3, 4, 5))
     row_B1 = jnp.arange(len(logits_BV))[:, None]
@@ -194,26 +204,26 @@ def _report(logits_BV: jax.Array, token_B: jax.Array, rows: Rows) -> Drawn:
     return Drawn(out[0], *(jnp.where(wanted_B.reshape(-1, *(1,) * (a.ndim - 1)), a, 0) for a in out[1:]))
 
 
-def sample(logits_BV: jax.Array, rows: Rows, history: History) -> Drawn:
-    """Draw the next token of each row from float32 logits. What no row asks for is not computed."""
-    b = len(logits_BV)
+def sample(logits_VB: jax.Array, rows: Rows, history: History) -> Drawn:
+    """Draw the next token of each row from float32 logits. What no row asks for is not computed, nor turned round."""
+    b = logits_VB.shape[1]
     penalties = jnp.any((rows.real_BP[:, 3] != 1) | (rows.real_BP[:, 4] != 0) | (rows.real_BP[:, 5] != 0))
     warm = jnp.any(rows.real_BP[:, 0] > 0)
 
-    def choose(logits_BV):
-        changed_BV = jax.lax.cond(penalties, lambda x: _penalise(x, rows, history), lambda x: x, logits_BV)
+    def choose(logits_VB):
+        changed_BV = jax.lax.cond(penalties, lambda x: _penalise(x, rows, history), lambda x: x, logits_VB.T)
         return jax.lax.cond(warm, lambda x: _draw(x, rows), best, changed_BV)
 
-    def report(logits_BV, token_B):
-        return _report(logits_BV, token_B, rows)
+    def report(logits_VB, token_B):
+        return _report(logits_VB.T, token_B, rows)
 
     def nothing(_, token_B):
         return Drawn(token_B, jnp.zeros(b), jnp.zeros((b, TOP), jnp.int32), jnp.zeros((b, TOP)))
 
     with jax.named_scope("sample"):
-        # `best` outside of `choose`: a branch that hands its logits on copies them
-        token_B = jax.lax.cond(penalties | warm, choose, best, logits_BV)
-        return jax.lax.cond(jnp.any(rows.whole_BP[:, 3] > 0), report, nothing, logits_BV, token_B)
+        # `greedy` outside of `choose`: a branch that hands its logits on copies them
+        token_B = jax.lax.cond(penalties | warm, choose, greedy, logits_VB)
+        return jax.lax.cond(jnp.any(rows.whole_BP[:, 3] > 0), report, nothing, logits_VB, token_B)
 
 
 class Score(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a step of the runner uploads: a batch cut into segments of compiled shapes, as NumPy arrays.
+"""What a step of the runner uploads: a batch cut into segments of compiled shapes, as NumPy arrays, in one piece.
 
 Single tokens of many requests run together as rows of one token; each piece of a prompt is a row of its own.
 """
@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from readme_jax.config import require
@@ -94,3 +95,17 @@ def passes(bank: Bank, works: Sequence[Work], plan: StepPlan) -> tuple[np.ndarra
     rows[:, LAYER], rows[:, FIRST], rows[:, COUNT] = layers, bounds[:-1], np.diff(bounds)
     rows[:, FRESH] = np.diff(layers, prepend=-1) != 0
     return flat_2Z, table.reshape(-1, depth, 4), (rows[:, FRESH] > 0) | (rows[:, COUNT] > 0)
+
+
+def packed(tree: Any) -> np.ndarray:
+    """int32 [Z]: the bits of all arrays of a tree, of four bytes an entry, one after another. One upload in place of
+    many small ones."""
+    return np.concatenate([np.asarray(a).reshape(-1).view(np.int32) for a in jax.tree.leaves(tree)])
+
+
+def unpacked(told_Z: jax.Array, like: Any) -> Any:
+    """The tree that was `packed`, inside a program. like: a tree of the same shapes and dtypes."""
+    leaves, kind = jax.tree.flatten(like)
+    ends = np.cumsum([a.size for a in leaves]).tolist()
+    parts = [told_Z[end - a.size : end].reshape(a.shape) for a, end in zip(leaves, ends)]
+    return kind.unflatten([jax.lax.bitcast_convert_type(part, a.dtype) for part, a in zip(parts, leaves)])
