@@ -70,8 +70,9 @@ class Loop:
     """One runner and what an engine would do around it: pages, residency, loads, in the simplest way."""
 
     def __init__(
-        self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", page=CHANNEL_PAGE
-    ):
+        self, folder, *, share=1.0, seed=0, limits=None, dtype="float32", policy="lookahead", page=CHANNEL_PAGE,
+        resident=False,
+    ):  # fmt: skip
         kv_pages = 400
         self.bank = bank_of(folder, page, itemsize=4 if dtype == "float32" else 2)
         least = self.bank.least("layer") * self.bank.page_bytes
@@ -81,8 +82,10 @@ class Loop:
         limits = limits or Limits(batch_requests=4, batch_tokens=64, chunk=16)
         self.runner = Runner(
             folder, self.bank, slots=self.residency.slots, kv_pages=kv_pages, kv_page=PAGE, router_pages=kv_pages,
-            limits=limits, context=CONTEXT, dtype=dtype, load_sizes=(2, 8),
+            limits=limits, context=CONTEXT, dtype=dtype, load_sizes=(2, 8), resident=resident,
         )  # fmt: skip
+        if resident:
+            self.residency.fill()
         self.runner.compile(progress=False)
         gate, up, down = self.runner.host_weights
         layers = {"w_gate": gate, "w_up": up, "w_down": down}

@@ -92,6 +92,8 @@ def compare(folder, requests, place, seed):
     )  # fmt: skip
     with Engine(folder, **options) as engine:
         before = engine.stats()["compiles_after_start"]
+        tied = engine.parts.bank.least("column") * 2 >= engine.parts.bank.items
+        assert engine.parts.runner.resident == (budget == "1.0x" and tied)
         with jax.transfer_guard("disallow"):
             reasons = served.serve(engine, requests, np.random.default_rng(seed))
         stats = engine.stats()

@@ -9,6 +9,7 @@ from oracles_core import random_params
 from readme_jax.config import RouterConfig
 from readme_jax.models import layers, paged, router
 from readme_jax.models.paged import Cache, Rows
+from readme_jax.serving import segments
 from readme_jax.sharding import put
 
 PAGE, WIDTH, HEAD = 4, 40, 8
@@ -33,10 +34,13 @@ def run(q, cache, table, positions, window):
 
 
 @pytest.mark.parametrize("window", [None, 0, 5, 70])
-@pytest.mark.parametrize("heads, kv, tokens", [(4, 4, 1), (6, 2, 1), (3, 1, 1), (4, 2, 9), (16, 16, 1)])
-def test_attention_over_pages_is_attention(mesh, heads, kv, tokens, window):
+@pytest.mark.parametrize(
+    "heads, kv, tokens, rows",
+    [(4, 4, 1, 5), (6, 2, 1, 5), (3, 1, 1, 5), (4, 2, 9, 5), (16, 16, 1, 5), (4, 2, 1, paged.CPU_ROWS + 3)],
+)
+def test_attention_over_pages_is_attention(mesh, heads, kv, tokens, rows, window):
     """Rows of different lengths, up to several blocks; each query at its own position."""
-    rng, last = np.random.default_rng(kv), np.array([0, 3, 63, 64, 150])
+    rng, last = np.random.default_rng(kv), np.resize([0, 3, 63, 64, 150], rows)
     b, s = len(last), int(last.max()) + tokens
     q, k, v = (rng.normal(size=(b, n, h, HEAD)).astype(np.float32) for n, h in ((tokens, heads), (s, kv), (s, kv)))
     position_BT = (last[:, None] + np.arange(tokens)).astype(np.int32)
@@ -100,3 +104,14 @@ def test_the_paged_router_names_the_experts_of_the_router(mesh):
         got[:, place] = expert_BT[:, 0]
     np.testing.assert_array_equal(got, expected)
     assert len(np.unique(expected)) > 2
+
+
+def test_packed_arrays_come_back_bit_for_bit(mesh):
+    odd = np.array([-0.0, np.nan, np.inf, 1e-45], np.float32)
+    tree = {"a": odd.reshape(2, 2), "b": np.array([2**31, 2**32 - 1], np.uint32), "c": np.int32(-5), "d": odd[:0]}
+    told_Z = put(segments.packed(tree))
+    got = jax.jit(lambda told_Z: segments.unpacked(told_Z, tree))(told_Z)
+    for name, array in tree.items():
+        assert np.asarray(got[name]).tobytes() == np.asarray(array).tobytes() and got[name].shape == array.shape, name
+    with pytest.raises(AssertionError):
+        segments.packed([np.zeros(2, np.int64)])

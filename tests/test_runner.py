@@ -34,10 +34,11 @@ def alone(folder, prompts, new=NEW, **options):
     return [model.generate([p], max_new_tokens=new, stop_tokens=[], **options)[0].tolist() for p in prompts]
 
 
+@pytest.mark.parametrize("resident", [False, True], ids=["pool", "in place"])
 @pytest.mark.parametrize("name", FAMILIES)
-def test_greedy_tokens_and_experts_are_those_of_generate(folders, name):
+def test_greedy_tokens_and_experts_are_those_of_generate(folders, name, resident):
     folder = folders(name)
-    loop = Loop(folder, seed=1, limits=SMALL)
+    loop = Loop(folder, seed=1, limits=SMALL, resident=resident)
     requests = [loop.request(p, max_new_tokens=NEW, logprobs=20) for p in PROMPTS]
     scores = loop.run(requests, most=3)
     model = api.Model(folder)

@@ -70,7 +70,9 @@ class Parts:
         if options.mesh_expert > 1:
             self.runner = MeshRunner(model.folder, self.bank, devices=options.mesh_expert, **shape)
         else:
-            resident = jax.default_backend() == "cpu" and slots >= self.bank.total
+            # all pages in their place: a step of several tokens reads them all, which must not be much more than it needs
+            mostly = self.bank.items <= 2 * self.bank.least("column")
+            resident = jax.default_backend() == "cpu" and slots >= self.bank.total and mostly
             shape |= dict(slots=slots, load_sizes=LOAD_SIZES, resident=resident)
             self.runner = Runner(model.folder, self.bank, **shape)
         self.runner.compile(progress)
@@ -113,6 +115,8 @@ class Parts:
 
     def _read_bytes(self, experts: frozenset[int]) -> int:
         """Bytes of pages that a step with these experts reads, on the device that reads most."""
+        if self.options.mesh_expert == 1 and self.runner.resident:
+            return self.bank.items * self.bank.page_bytes
         sets, many = [experts], self.bank.experts // self.options.mesh_expert
         if self.options.mesh_expert > 1:
             sets = [[e for e in experts if e // many == x] for x in range(self.options.mesh_expert)]
@@ -247,7 +251,8 @@ class Parts:
             if self._cached.get(work.request, 0) is None:
                 self._cached[work.request] = min(work.start, len(work.request.prompt))
         before = dataclasses.replace(self.residency.counters)
-        future = self.scheduler.upcoming(self.options.lookahead)
+        looks = (self.options.residency == "lookahead" and not self.runner.resident) or self.recorder is not None
+        future = self.scheduler.upcoming(self.options.lookahead) if looks else []
         plan = self.residency.plan(batch.experts, future, counts)
         if self.recorder is not None:
             self.recorder.planned.append((batch.experts, tuple(future), dict(counts)))
@@ -346,6 +351,7 @@ class Parts:
             "expert_slots": self.residency.slots,
             "expert_page_bytes": self.bank.page_bytes,
             "bytes_read": pages.bytes_read,
+            "bytes_read_device": self.runner.bytes_read,
             "bytes_loaded": moved.bytes,
             "bytes_prefetch": moved.prefetch_bytes,
             "bytes_demand": moved.demand_bytes,

@@ -256,8 +256,8 @@ class View:
     def expect(self, live: Iterable[Request]) -> None:
         """For batches that are only imagined: who is on the device comes back once, with a token of the same expert.
 
-        Tokens keep their expert more often than they take any other. Where they do not, a page stays a little longer
-        than it had to. live: by age.
+        Tokens keep their expert more often than they take any other. Where they do not, a page stays that had better
+        gone, which can cost a load. live: by age.
         """
         live = list(live)
         back = [

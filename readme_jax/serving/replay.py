@@ -61,10 +61,12 @@ def figures(engine: Engine, recorder: Recorder, duration: float, goal: dict[str,
     """`report.figures` of a replay, and what only a real engine can tell."""
     accesses = engine.parts.residency.accesses
     assert accesses is not None, "an engine with a recorder keeps them"
-    least = fewest_loads(accesses, engine.parts.residency.slots)
+    # an engine that begins with all pages in their place loads none, and nothing less can be
+    least = 0 if engine.parts.runner.resident else fewest_loads(accesses, engine.parts.residency.slots)
     out = report.figures(recorder.served, recorder.steps, duration, goal=goal, least_loads=least)
     stats = engine.stats()
     names = ("bytes_prefetch", "bytes_demand", "host_share", "programs", "compiles_after_start", "tokens_from_prefix")
+    names += ("bytes_read_device",)
     return out | {name: stats[name] for name in names}
 
 

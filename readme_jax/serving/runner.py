@@ -114,6 +114,9 @@ class Runner:
     def _load(self, params: dict[str, Any], table_LEC: np.ndarray, router_params: Any) -> None:
         cfg, bank, layers = self.cfg, self.bank, params["layers"]
         self.host_weights = layers["w_gate"], layers["w_up"], layers["w_down"]
+        if self.resident:  # shapes without memory: nothing is loaded after this
+            nothing = np.broadcast_to(np.zeros((), self.dtype), layers["w_gate"].shape)
+            self.host_weights = nothing, nothing, nothing
         bias_I2R = expert_pages.host_biases(layers, bank.order_LR, bank.page) if cfg.mlp_bias else None
         member_IWR = expert_pages.member_bits(expert_pages.membership(table_LEC, bank.order_LR, bank.page))
         put, self._rows = self._put, row_major(self._place)

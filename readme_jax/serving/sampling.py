@@ -5,6 +5,7 @@ Letters: B rows, V vocabulary, H distinct tokens of a row's history. A row draws
 """
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -222,7 +223,8 @@ def sample(logits_VB: jax.Array, rows: Rows, history: History) -> Drawn:
 
     with jax.named_scope("sample"):
         # `greedy` outside of `choose`: a branch that hands its logits on copies them
-        token_B = jax.lax.cond(penalties | warm, choose, greedy, logits_VB)
+        coldest = functools.partial(jax.lax.platform_dependent, cpu=greedy, default=lambda x_VB: best(x_VB.T))
+        token_B = jax.lax.cond(penalties | warm, choose, coldest, logits_VB)
         return jax.lax.cond(jnp.any(rows.whole_BP[:, 3] > 0), report, nothing, logits_VB, token_B)
 
 

@@ -100,7 +100,9 @@ def passes(bank: Bank, works: Sequence[Work], plan: StepPlan) -> tuple[np.ndarra
 def packed(tree: Any) -> np.ndarray:
     """int32 [Z]: the bits of all arrays of a tree, of four bytes an entry, one after another. One upload in place of
     many small ones."""
-    return np.concatenate([np.asarray(a).reshape(-1).view(np.int32) for a in jax.tree.leaves(tree)])
+    leaves = [np.asarray(a) for a in jax.tree.leaves(tree)]
+    assert all(a.dtype.itemsize == 4 for a in leaves), [a.dtype for a in leaves]
+    return np.concatenate([a.reshape(-1).view(np.int32) for a in leaves])
 
 
 def unpacked(told_Z: jax.Array, like: Any) -> Any:
