@@ -70,7 +70,7 @@ class Parts:
         if options.mesh_expert > 1:
             self.runner = MeshRunner(model.folder, self.bank, devices=options.mesh_expert, **shape)
         else:
-            # all pages in their place: a step of several tokens reads them all, which must not be much more than it needs
+            # a step of several tokens reads all pages then, which must not be much more than it needs
             mostly = self.bank.items <= 2 * self.bank.least("column")
             resident = jax.default_backend() == "cpu" and slots >= self.bank.total and mostly
             shape |= dict(slots=slots, load_sizes=LOAD_SIZES, resident=resident)
