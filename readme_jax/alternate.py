@@ -52,12 +52,12 @@ class RouterPhase:
     label_batch: int = 1
     """Records of one labelling pass; a multiple of the mesh's batch devices. With teacher=current a microbatch is
     labelled at a time, and this must stay 1."""
-
     balance: float = 0.0
     """Weight of a load-balance term (`losses.balance_loss`) beside the labels' loss, in nats. 0: none (paper)."""
 
     def __post_init__(self):
         require(0 <= self.balance < math.inf, f"balance={self.balance} must be finite and at least 0")
+        require(not self.balance or self.steps > 0, f"balance={self.balance} has no meaning with steps=0")
         cached = self.teacher == "original"
         require(self.label_batch >= 1, f"label_batch={self.label_batch} must be at least 1")
         require(cached or self.label_batch == 1, f"label_batch={self.label_batch} has no meaning with teacher=current")
@@ -186,12 +186,15 @@ class AlternateConfig:
             "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
         )
 
+    @property
+    def refit_steps(self) -> int:
+        """Expert steps on whose batches w_down is solved: `experts.refit`, or all steps where they are fewer."""
+        return min(self.experts.refit, self.experts.steps * self.rounds or self.experts.refit)
+
     def refits(self, tick: int) -> int:
-        """Expert steps on whose batches w_down is solved before the global step `tick`: 0 but before the experts' first
-        step or, without any, at the end."""
+        """`refit_steps` in front of the global step that is the experts' first or, without any, at the end; else 0."""
         first = self.router.steps if self.experts.steps else self.total
-        there = self.experts.steps * self.rounds or self.experts.refit
-        return min(self.experts.refit, there) if tick == first else 0
+        return self.refit_steps if tick == first else 0
 
     @property
     def total(self) -> int:
@@ -231,7 +234,7 @@ def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> 
     """What the current mesh and the carved model (vocab: its tokens) rule out, ConfigError before any work; the model's
     experts."""
     for name, phase in (("router", config.router), ("experts", config.experts)):
-        fits = phase.batch % batch_devices() == 0 or not phase.steps
+        fits = phase.batch % batch_devices() == 0 or not _reads(phase)
         require(fits, f"{name}.batch={phase.batch} must be a multiple of the mesh's {batch_devices()} batch devices")
     way, one_device = config.experts.way, batch_devices() * model_devices() == 1
     require(one_device or way != "grouped", "experts.way=grouped runs on one device: set mesh.data=1")
@@ -252,12 +255,17 @@ def check(config: AlternateConfig, experts: ExpertConfig | None, vocab: int) -> 
     return experts
 
 
+def _reads(phase: RouterPhase | ExpertPhase) -> bool:
+    """True when a phase takes batches."""
+    return phase.steps > 0 or (isinstance(phase, ExpertPhase) and phase.refit > 0)
+
+
 def records_of(config: AlternateConfig, records: dict[str, Records]) -> dict[str, dict[str, Records]]:
     """The records of each phase, by its name. ConfigError where a step would take more than there are."""
     pools = {"router": first_records(records, config.router.records), "experts": records}
     for name, phase in (("router", config.router), ("experts", config.experts)):
         there = sum(map(len, pools[name].values()))
-        fits = not phase.steps or phase.batch * phase.accum <= there
+        fits = not _reads(phase) or phase.batch * phase.accum <= there
         require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} records")
     return pools
 

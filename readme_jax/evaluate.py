@@ -32,9 +32,9 @@ class EvaluateConfig:
     """Folder to write evaluation.json to."""
     arms: tuple[Arm, ...] = ("dense", "routed")
     """`dense`: all channels. `own_domain`: every token takes the expert named like its domain. `routed`: the router's
-    choice (expert 0 of a model with one expert). Bounds of any router, from labels of a dense run of the same weights
-    (kind energy: the share of the FFN output's energy that an expert keeps): `oracle` gives a token its best expert in
-    the mean over layers, `oracle_layers` its best one in each layer."""
+    choice (expert 0 of a model with one expert). What kept energy would choose, labelled in a run of the same weights
+    with all channels (tuned weights may no longer be a model so): `oracle` gives a token the expert that keeps most in
+    the mean over layers, `oracle_layers` that which keeps most in each layer. No bound: masks may serve the loss."""
     router: Path | None = None
     """Take the router of this folder instead of the model's own; its experts must be the same."""
     agreement: bool = False

@@ -89,6 +89,12 @@ def mask_step_flops(cfg: ModelConfig, seq: int) -> float:
     return step + student.total + head_flops(cfg)
 
 
+def refit_flops(cfg: ModelConfig, seq: int, used: int) -> float:
+    """One token of `refit`: the dense layers once, the carved ones twice, the sums of [U, U] and [U, D]."""
+    sums = cfg.layer * 2.0 * used * (used + cfg.embed)
+    return layers(cfg, seq, cfg.mlp).total + 2.0 * layers(cfg, seq, used).total + sums
+
+
 def train_flops_per_token(
     cfg: ModelConfig,
     experts: ExpertConfig,

@@ -50,7 +50,7 @@ class MasksConfig:
     """Microbatches of one optimizer step."""
     lr: float = 0.02
     """Adam's peak rate, cosine to 0 over the run; scores start evenly spread over 0 .. 1, so this is the share of all
-    channels that one may pass in a step."""
+    channels that one may pass in a step (twice that with several experts: their own and the common scores move)."""
     head_chunk: int = 128
     """Positions whose logits exist at once."""
     seed: int = 0

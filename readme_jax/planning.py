@@ -18,7 +18,7 @@ from readme_jax.accelerators import Accelerator
 from readme_jax.alternate import AlternateConfig
 from readme_jax.config import ConfigError, ReadMeError, require
 from readme_jax.models import backbone, router
-from readme_jax.sharding import AXES, MeshConfig
+from readme_jax.sharding import AXES, MeshConfig, batch_devices
 
 GB = 1e9
 MOST = 1 << 20  # devices; JAX gives up on meshes of a thousand times as many
@@ -160,7 +160,18 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
         needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)
+    if run.config.refit_steps:
+        found["refit"] = _refit_memory(run, *held[False])
     return found
+
+
+def _refit_memory(run: Run, weights: int, optimizer: int) -> Memory:
+    """Of `refit`, what lasts over its layers: two residual streams of all records, sums and factor, w_down twice."""
+    cfg, phase = run.model, run.config.experts
+    tokens = run.config.refit_steps * phase.batch * phase.accum * run.seq // batch_devices()
+    down = _bytes(abstract.parameters(run, phase.optim.params)["layers"]["w_down"])
+    used = run.used or cfg.mlp
+    return Memory(weights + 2 * down, optimizer, 8 * tokens * cfg.embed, 8 * used * (used + cfg.embed))
 
 
 def peak(found: dict[str, Memory]) -> tuple[str, Memory]:

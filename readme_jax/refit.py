@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from readme_jax import distributed
-from readme_jax.config import ModelConfig
+from readme_jax.config import DataError, ModelConfig, require
 from readme_jax.data import Batches
 from readme_jax.loop import place_batch
 from readme_jax.metrics import progress
@@ -31,7 +31,7 @@ from readme_jax.models.layers import embed
 from readme_jax.sharding import REPLICATED
 from readme_jax.steps import Phase, join, split_tuned
 
-RIDGE = 0.1  # of the mean squared activation; a third and three times as much were worse (docs/LOG.md)
+RIDGE = 0.1  # of the mean squared activation
 
 
 def make_sums(cfg: ModelConfig) -> Callable:
@@ -65,8 +65,9 @@ def make_sums(cfg: ModelConfig) -> Callable:
         weight_BT = real_BT / (size_BT + jnp.sum(size_BT) / jnp.maximum(jnp.sum(real_BT), 1.0) + 1e-30)
         h_BTU = jax.reshard(h_BTU.astype(jnp.float32), jax.P(experts.HIDDEN[0], None, None))
         weighted_BTU = h_BTU * weight_BT[..., None]
-        gram_UU = jnp.einsum("btu,btv->uv", weighted_BTU, h_BTU, out_sharding=REPLICATED)
-        cross_UD = jnp.einsum("btu,btd->ud", weighted_BTU, missed_BTD, out_sharding=REPLICATED)
+        exact = {"precision": jax.lax.Precision.HIGHEST, "out_sharding": REPLICATED}  # or it may not be positive
+        gram_UU = jnp.einsum("btu,btv->uv", weighted_BTU, h_BTU, **exact)
+        cross_UD = jnp.einsum("btu,btd->ud", weighted_BTU, missed_BTD, **exact)
         return dense_BTD, gram_UU, cross_UD
 
     return sums
@@ -84,8 +85,9 @@ def refit(cfg: ModelConfig, params: Params, table: ExpertTable, records: Sequenc
     """w_down [L, F, D] solved on `records`, in the dtype and place it has in `params`.
 
     params: the carved model's backbone on the mesh, tied experts, as carving left it: run with all its channels it is
-    the dense model. records: ids, segments and expert, int32 [B, T] on the mesh each; four residual streams of all of
-    them are alive at once. About four dense forward passes over them and a Cholesky factorisation of [U, U] a layer.
+    the dense model. records: ids, segments and expert, int32 [B, T] on the mesh each; two float32 residual streams of
+    all of them are alive. The mean in a token's weight is over its batch. About four dense forward passes over the
+    records and a Cholesky factorisation of [U, U] a layer. DataError where a solution is not finite.
     """
     sums = make_sums(cfg)
 
@@ -115,6 +117,8 @@ def refit(cfg: ModelConfig, params: Params, table: ExpertTable, records: Sequenc
                 gram_UU = gram if gram_UU is None else gram_UU + gram
                 cross_UD = cross if cross_UD is None else cross_UD + cross
             layer["w_down"] = solved(layer["w_down"], gram_UU, cross_UD)
+            finite = bool(jax.device_get(jnp.isfinite(layer["w_down"]).all()))
+            require(finite, f"refit: no finite solution in layer {number}; are activations finite there?", DataError)
             done.append(layer["w_down"])
             for at, record in enumerate(records):
                 xs[at] = advance(layer, layer_table, window, xs[at], record["expert"], record["segments"])

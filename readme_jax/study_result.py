@@ -20,16 +20,26 @@ def collect(config: StudyConfig, recipes: dict[str, Recipe], jobs: list[Job], de
     """The study so far: jobs that have not finished are simply not there.
 
     Keys: config, default, dense, options (of each recipe) and recipes.NAME.TOKENS, the first seed's figures; `seeds`
-    in it holds those of the others. Losses in nats per token, mean over domains; see `study.quality`.
+    in it holds those of the others, `best_static_gap` the distance to the best recipe of one expert at these tokens.
+    The default recipe is there under its name and as `default`. Losses in nats per token, mean over domains; see
+    `study.quality`.
     """
     timings = read_timings(config.out)
     plain = {name: read_rows(stage)["dense"] for name, stage in dense.items()}
     done = [job for job in jobs if job.finished]
     static = {(job.tokens, job.seed): job for job in done if job.recipe == "static"}
+    masks = {job.recipe for job in done if recipes[job.recipe].router is None}  # the recipes of one expert
+    best: dict[tuple[int, int], float] = {}
+    for job in done:
+        if job.recipe in masks:
+            loss = mean_loss(read_rows(job.evaluations["test"])["routed"])[0]
+            best[job.tokens, job.seed] = min(loss, best.get((job.tokens, job.seed), loss))
     found: dict[str, dict[str, Any]] = {name: {} for name in recipes}
     for job in done:
         beside = static.get((job.tokens, job.seed))
         entry = figures(job, plain, beside) | {"seed": job.seed, "cost": cost(config, job, timings)}
+        if (job.tokens, job.seed) in best:
+            entry["best_static_gap"] = best[job.tokens, job.seed] - entry["loss"]
         entry["stages"] = [stage.key for stage in [*job.stages, *job.evaluations.values()]]
         counts = found[job.recipe]
         if job.seed == config.seeds[0]:
@@ -49,7 +59,7 @@ def collect(config: StudyConfig, recipes: dict[str, Recipe], jobs: list[Job], de
         "default": config.default,
         "dense": whole,
         "options": {name: {k: v for k, v in to_dict(r).items() if v is not None} for name, r in recipes.items()},
-        "recipes": ordered,
+        "recipes": {"default": ordered[config.default]} | ordered,
     }
 
 
@@ -132,6 +142,9 @@ def stage_cost(out: Path, stage: Stage, cfg: ModelConfig, seq: int) -> tuple[dic
     }
     spent = {**ran, "labels": labelled(out, stage, seq)}
     work = sum(ran[name] * own[name] for name in own) + spent["labels"] * flops.label_flops(cfg, experts.experts, seq)
+    if stage.config.refit_steps:
+        phase = stage.config.experts
+        work += stage.config.refit_steps * phase.batch * phase.accum * seq * flops.refit_flops(cfg, seq, used)
     if stage.config.experts.teacher_topk and ran["experts"]:  # asked once, before training
         work += ran["experts"] * (flops.layers(cfg, seq, cfg.mlp).total + flops.head_flops(cfg))
     return spent, work

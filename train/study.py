@@ -7,7 +7,6 @@ folder below `stages`. What recipes have in common is run once; interrupted, the
 """
 
 import json
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,10 +26,7 @@ PROGRAMS = {"calibrate": calibrate, "carve": carve, "alternate": alternate, "mas
 
 def main(argv: list[str] | None = None) -> None:
     """Run or resume a study."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if argv and not argv[0].startswith("-"):
-        argv = ["--config", *argv]
-    config: StudyConfig = cli.parse(StudyConfig, argv, __doc__ or "", prog="readme-jax study")
+    config: StudyConfig = cli.parse(StudyConfig, argv, __doc__ or "", prog="readme-jax study", first="config")
     recipes = study.read_recipes(config)
     jobs = study.plan(config, recipes)
     study_page.check()
