@@ -3,6 +3,7 @@
 import os
 import signal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from readme_jax.data import open_records
 from readme_jax.metrics import read_metrics
 from readme_jax.models import backbone
 from readme_jax.models.experts import Masked, make_table
-from readme_jax.sharding import MeshConfig, put, use_mesh
+from readme_jax.sharding import MeshConfig, put, spec, use_mesh
 from readme_jax.train import separate
 
 NONE = {"rounds": 1, "router__steps": 0, "experts__steps": 0}
@@ -52,6 +53,20 @@ def test_with_all_channels_nothing_is_missed(stages, mesh):
     everything = np.broadcast_to(np.arange(cfg.mlp, dtype=np.int32), (*table_LEC.shape[:2], cfg.mlp))
     w_LFD = refit.refit(cfg, params, make_table(everything, cfg.mlp), records)
     np.testing.assert_allclose(w_LFD, params["layers"]["w_down"], atol=1e-6)
+
+
+def test_the_same_on_any_mesh(stages, any_mesh):
+    def solved():
+        cfg, params, table_LEC, records = loaded(stages.carved, stages, count=8)
+        whole = {name: np.concatenate([np.asarray(record[name]) for record in records]) for name in records[0]}
+        placed = {name: put(array, spec("batch", "seq")) for name, array in whole.items()}
+        w_LFD = refit.refit(cfg, params, make_table(table_LEC, cfg.mlp), [placed])
+        assert jax.typeof(w_LFD).sharding.spec == jax.typeof(params["layers"]["w_down"]).sharding.spec
+        return np.asarray(w_LFD)
+
+    got_LFD = solved()
+    with use_mesh(MeshConfig(data=1)):
+        np.testing.assert_allclose(got_LFD, solved(), atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["static", "carved"])

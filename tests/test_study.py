@@ -29,6 +29,7 @@ RECIPES = {
     "both": {"carve": {"importance": "energy"}, "router": ROUTER, "masks": {"share": 0.25}, "experts": EXPERTS},
     "untuned": {"carve": {"importance": "energy"}, "router": ROUTER},
 }
+KEPT = {**RECIPES["both"], "retune": False, "experts": {**EXPERTS, "refit": 2}}
 RUN = {name: RECIPES[name] for name in ("static", "paper", "both", "untuned")}
 TOKENS = 8 * SEQ
 
@@ -95,7 +96,7 @@ def test_tokens_of_every_job_are_what_was_asked(tmp_path, stages):
 
 
 def test_chains(tmp_path, stages):
-    _, _, jobs = planned(tmp_path, stages)
+    _, _, jobs = planned(tmp_path, stages, RECIPES | {"kept": KEPT})
     by = {(job.recipe, job.tokens): job.stages for job in jobs}
 
     def names(*key):
@@ -111,6 +112,8 @@ def test_chains(tmp_path, stages):
     assert names("paper", TOKENS) == ["carve", ("alternate", 3, 4)], "several rounds: in turns, from the start"
     assert names("frozen", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 3, 0)]
     assert names("both", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 3, 6)]
+    assert names("kept", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 0, 6)]
+    assert by["kept", TOKENS][-1].config.refit_steps == 2 and by["kept", TOKENS][3].key == by["both", TOKENS][3].key
     for (recipe, count), chain in by.items():
         for before, after in zip(chain, chain[1:]):
             last = after.config.statistics if after.program == "carve" else after.config.model
@@ -135,7 +138,7 @@ def test_what_decides_a_folder(tmp_path, stages):
     assert other["both", TOKENS, 0] == first["both", TOKENS, 0]
     seeds = keys("e", seeds=[0, 3], finalists=["domain"])
     assert {key: own for key, own in seeds.items() if key[2] == 0} == first
-    assert {key[:2] for key in seeds if key[2] == 3} == {("domain", TOKENS), ("static", TOKENS)}
+    assert {key[:2] for key in seeds if key[2] == 3} == {(n, TOKENS) for n in ("domain", "static", "paper")}
     assert seeds["domain", TOKENS, 3][:2] == first["domain", TOKENS, 0][:2], "statistics and carving know no seed"
     assert not set(seeds["domain", TOKENS, 3][2:]) & set(first["domain", TOKENS, 0])
     own = keys("f", lambda r: r["domain"].update(calibrate={"batch": 2}))
@@ -159,6 +162,10 @@ def test_what_decides_a_folder(tmp_path, stages):
         (lambda r: r["both"].update(carve="domain"), "both.yaml: carve: expected a mapping"),
         (lambda r: r["both"]["masks"].update(lr=0), "recipe both.masks: lr=0.0 must be positive"),
         (lambda r: r["both"]["masks"].update(share=1), "masks.share=1 must be above 0 and below 1"),
+        (lambda r: r["both"]["masks"].update(share=0.99), "recipe both: masks.share=0.99: no step is left"),
+        (lambda r: r["domain"].update(retune=False), "retune=false has no meaning without masks and router"),
+        (lambda r: r["domain"]["carve"].update(carving="discovered"), "calibrate.window: missing"),
+        (lambda r: r["domain"]["carve"].update(storage="separate"), "carve.storage: recipes are tuned with tied"),
         (lambda r: r["both"]["masks"].update(share=0.01), "recipe both: masks.share=0.01: no step of 8 records"),
         (lambda r: r["frozen"]["masks"].update(share=0.5), "masks.share=0.5: without experts all tokens are for masks"),
         (lambda r: r["frozen"]["masks"].update(batch=3), "recipe frozen: tokens=256: 2 records of 32 tokens do not"),
@@ -196,7 +203,7 @@ def test_bad_recipes_are_one_line_before_any_work(tmp_path, stages, change, says
         (dict(seeds=[0, 1]), "finalists: none, so a second seed has no meaning"),
         (dict(seeds=[-1]), "seeds=.-1.: each in 0 .. "),
         (dict(seeds=[]), "seeds: at least one is needed"),
-        (dict(bounds=["magic"]), "bounds.arms.1.: 'magic' is not one of"),
+        (dict(bounds=["magic"]), "bounds=magic is not one of: oracle, oracle_layers"),
     ],
 )
 def test_bad_studies(tmp_path, stages, changes, says):
@@ -292,7 +299,7 @@ class Killed(Exception):
 def finished(stages, tmp_path_factory):
     """A study killed in its first expert step, begun again; and the stages that ran, in order."""
     folder, ran = tmp_path_factory.mktemp("study"), []
-    path = write(folder, stages, RUN, seeds=[0, 1], finalists=["static"])
+    path = write(folder, stages, RUN, seeds=[0, 1], finalists=["static"], bounds=["oracle"])
     with pytest.MonkeyPatch.context() as patch:
         for name, module in program.PROGRAMS.items():
             run = module.main
@@ -313,8 +320,8 @@ def die(*_):
 
 def test_a_cut_study_shows_what_it_has(finished):
     _, partial, first, _ = finished
-    assert partial["jobs"] == {"done": 4, "of": 8}
-    assert {name: list(own) for name, own in partial["recipes"].items()} == {name: ["0"] for name in RUN}
+    assert partial["jobs"] == {"done": 4, "of": 9}
+    assert {name: list(own) for name, own in partial["recipes"].items()} == {name: ["0"] for name in ("default", *RUN)}
     assert [name for name, _ in first].count("evaluate") == 2 + 2 * 3  # dense; three different models
     assert first[-1][0] == "alternate"
 
@@ -327,7 +334,7 @@ def test_each_stage_runs_once(finished):
     timed = json.loads((out / "stages.json").read_text())
     names = [p.name for p in (out / "stages").iterdir()]
     assert [n.split("-")[0] for n in names].count("carve") == 3, "static, mean_abs, energy"
-    assert [n.split("-")[0] for n in names].count("alternate") == 6 and len(names) == 1 + 3 + 6 + 1 + 2 * (1 + 7)
+    assert [n.split("-")[0] for n in names].count("alternate") == 7 and len(names) == 1 + 3 + 7 + 1 + 2 * (1 + 8)
     assert set(timed) == {"import", "data", "unseen", *names}
 
 
@@ -335,7 +342,7 @@ def test_the_result(finished):
     path, _, _, _ = finished
     out = path.parent / "out"
     found = json.loads((out / "study.json").read_text())
-    assert found["jobs"] == {"done": 8, "of": 8} and found["default"] == "both"
+    assert found["jobs"] == {"done": 9, "of": 9} and found["default"] == "both"
     assert set(found["dense"]["by_domain"]) == {"numbers", "colours"}
     assert set(found["dense"]["unseen"]["by_domain"]) == {"animals"}
     for name, recipe in found["recipes"].items():
@@ -343,6 +350,8 @@ def test_the_result(finished):
         for count, entry in recipe.items():
             assert entry["r"] == pytest.approx(np.exp(entry["loss"] - found["dense"]["loss"]))
             assert entry["ci"][0] <= entry["excess"] <= entry["ci"][1]
+            assert ("regret" in entry) == (name == "static" or count == "0"), "not of tuned weights"
+            assert entry["best_static_gap"] == entry["static_gap"], "static is the only one of one mask"
             static = found["recipes"]["static"][count]
             assert entry["static_gap"] == pytest.approx(static["loss"] - entry["loss"])
             assert entry["unseen"]["static_gap"] == pytest.approx(static["unseen"]["loss"] - entry["unseen"]["loss"])
@@ -351,7 +360,7 @@ def test_the_result(finished):
             assert cost["tokens"]["masks"] + cost["tokens"]["experts"] == int(count)
             assert (cost["tokens"]["labels"] > 0) == (name != "static")
             assert cost["flops"] > 0 and cost["seconds"] > 0 and cost["peak_memory_gb"] > 0
-            assert ("seeds" in entry) == (name == "static" and count != "0")
+            assert ("seeds" in entry) == (name in ("static", "paper") and count != "0")
             assert cost["tokens"]["calibration"] == 320
     assert found["recipes"]["both"]["0"]["loss"] == found["recipes"]["untuned"]["0"]["loss"]
     assert found["recipes"]["both"][str(TOKENS)]["cost"]["tokens"]["labels"] == 2 * 4 * SEQ, "labelled again for masks"
@@ -363,7 +372,7 @@ def test_the_result(finished):
         and again["loss"] != found["recipes"]["static"][str(TOKENS)]["loss"]
     )
     page = (out / "study.md").read_text()
-    for word in ("8 of 8 runs", "## Untuned", "## After 256 tuned tokens", "| both |", "Over seeds", "animals"):
+    for word in ("9 of 9 runs", "## Untuned", "## After 256 tuned tokens", "| both |", "Over seeds", "animals"):
         assert word in page
     assert (out / "excess.png").stat().st_size > 5000 and (out / "domains.png").stat().st_size > 5000
 
