@@ -154,6 +154,8 @@ def dispatch(argv: list[str] | None = None) -> None:
         print(importlib.metadata.version("readme-jax"))
     else:
         require(stage in STAGES, f"{stage}: no such stage; one of {known}")
+        if stage == "evaluate" and any(word.partition("=")[0] == "--tasks" for word in rest):
+            stage = "tasks"  # both spellings, one program
         importlib.import_module(STAGES[stage][0]).main(rest)
 
 

@@ -329,7 +329,7 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate([stages.dense, "not carved", "readme-jax carve"], model=stages.dense)
     alternate(["router.steps must be 0 for a model with one expert"], model=stages.static)
     alternate([stages.carved, "has no router and router.steps is 0"], router__steps=0)
-    alternate(["router.steps and experts.steps are both 0"], router__steps=0, experts__steps=0)
+    alternate(["router.steps, experts.steps and experts.refit are all 0"], router__steps=0, experts__steps=0)
     alternate(["kd_weight=0.0, ce_weight=0.0", "not both 0"], experts__kd_weight=0)
     plain = {"experts__kd_weight": 0, "experts__ce_weight": 1}
     alternate(["experts", "teacher_topk=4 needs kd_weight > 0 and steps > 0"], experts__teacher_topk=4, **plain)

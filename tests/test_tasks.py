@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 
 import readme_jax
-from readme_jax import task_data
+from readme_jax import cli, task_data
 from readme_jax.config import ConfigError, DataError, SourceError
 from readme_jax.sharding import MeshConfig
-from readme_jax.train import evaluate
 from readme_jax.train import tasks as program
 
 pytest.importorskip("lm_eval")
@@ -200,7 +199,7 @@ def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
             assert entry["n"] == 3 and entry["tokens"] > 0 and entry["seconds"] > 0
             assert ("acc_norm" in entry) == (name != "lambada_openai")
     # the spelling of `evaluate`, nothing kept, and the other model's scores out of a finished result
-    evaluate.main([str(stages.dense), "--tasks=piqa,lambada", "--limit", "3", "--against", str(out)])
+    cli.dispatch(["evaluate", str(stages.dense), "--tasks=piqa,lambada", "--limit", "3", "--against", str(out)])
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:]]
     scores = {(line[0], line[1]): line[2] for line in lines}
     assert sorted(scores) == [("lambada_openai", "acc"), ("piqa", "acc"), ("piqa", "acc_norm")]
@@ -258,7 +257,7 @@ def parity():
 
 def test_parity_program(stages, copies, tmp_path, parity, capsys, monkeypatch):
     monkeypatch.setattr(parity, "PART", 2)
-    cache, out = tmp_path / "cache", tmp_path / "parity.json"
+    cache, out = tmp_path / "parts", tmp_path / "parity.json"
     argv = ["--model", str(stages.dense), "--tasks", "piqa", "lambada", "--limit", "3", "--cache", str(cache)]
     parity.main([*argv, "--json", str(out), "--sides", "ours"])
     assert not out.exists() and len(list(cache.iterdir())) == 4

@@ -2,13 +2,12 @@
 
 readme-jax evaluate --model runs/tuned --data runs/data --out runs/evaluation --arms dense routed
 
-In: a model folder and packed text (`data`). Out: evaluation.json and a table on the terminal. With --tasks it is
-`readme-jax tasks` instead, with the options of that: readme-jax evaluate runs/tuned --tasks hellaswag,piqa
+In: a model folder and packed text (`data`). Out: evaluation.json and a table on the terminal. With --tasks the command
+line starts `readme-jax tasks` instead: readme-jax evaluate runs/tuned --tasks hellaswag,piqa
 """
 
 import functools
 import json
-import sys
 
 import numpy as np
 
@@ -21,14 +20,10 @@ from readme_jax.models import backbone, router
 from readme_jax.models.experts import Masked, make_table
 from readme_jax.sharding import batch_devices, put, spec, use_mesh
 from readme_jax.steps import make_route
-from readme_jax.train import tasks
 
 
 def main(argv: list[str] | None = None) -> None:
     """Evaluate once; a finished folder of the same config and inputs is only printed again."""
-    argv = list(sys.argv[1:] if argv is None else argv)
-    if any(word.partition("=")[0] == "--tasks" for word in argv):
-        return tasks.main(argv)
     config: EvaluateConfig = cli.parse(EvaluateConfig, argv, __doc__ or "", prog="readme-jax evaluate", first="model")
     parents = {"model": config.model, "data": config.data} | ({"router": config.router} if config.router else {})
     if not artifacts.finished(config.out, "evaluate", config, parents):
