@@ -37,7 +37,7 @@ class Limits:
     """Prompt tokens of one request in a batch at most."""
     max_live: int = 64
     """Requests between which a batch is chosen; those beyond wait in order of arrival."""
-    max_wait: float | None = 8.0
+    max_wait: float | None = 12.0
     """Batches that longest-queue and expert-aware may pass over a request that could run, as a multiple of live
     requests / batch_requests, which is what strict turns cost (1: strict turns); none: no bound, as in the paper."""
 
