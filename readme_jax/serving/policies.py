@@ -362,7 +362,8 @@ def _take_free(view: View, draft: Draft, experts: int, prompts: list[Request]) -
             elif fits >= PART * chunks[-1][0]:
                 parts.append((request, fits))
     decodes = [request for expert, queue in view.decodes.items() if experts >> expert & 1 for request in queue]
-    _take_all(view, draft, sorted(decodes, key=view.since))
+    # by age where they wait equally long: the order of queues is that in which experts were first asked for
+    _take_all(view, draft, sorted(decodes, key=lambda request: (view.since(request), age(request))))
     for request, count in parts:
         if draft.requests and draft.tokens and request in view.at:
             view.take(draft, request, count)
