@@ -50,7 +50,7 @@ class Memory:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Tokens and FLOPs of a whole run, by phase: router, experts, and before them labels and the teacher's top-k."""
+    """Tokens and FLOPs of a whole run, by phase: router, experts, refit, before them labels and the teacher's top-k."""
 
     tokens: dict[str, int]
     flops: dict[str, float]
@@ -191,6 +191,9 @@ def work(run: Run, records: int = 0) -> Work:
         tokens[name] = config.rounds * phase.steps * phase.batch * phase.accum * run.seq
         each = flops.train_flops_per_token(cfg, experts, phase, run.seq, router=run.router, used=run.used or None)
         needed[name] = tokens[name] * each
+    if config.refit_steps:
+        tokens["refit"] = config.refit_steps * config.experts.batch * config.experts.accum * run.seq
+        needed["refit"] = tokens["refit"] * flops.refit_flops(cfg, run.seq, run.used or cfg.mlp)
     asked = {}  # before the loop, each record once
     if config.labelled:
         asked["labels"] = ("router", config.router.records, flops.label_flops(cfg, experts.experts, run.seq))

@@ -114,7 +114,11 @@ def cut_windows(
     arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
     (Path(folder) / WINDOWS).write_bytes(save(arrays))
     path, shape = Path(folder) / SHARES, (total, *shape_LF)
-    if not path.is_file() or np.load(path, mmap_mode="r").shape != shape:
+    try:
+        there = np.load(path, mmap_mode="r").shape == shape
+    except (OSError, ValueError, EOFError):  # missing, or cut off while it was laid out
+        there = False
+    if not there:
         np.lib.format.open_memmap(path, "w+", np.float16, shape).flush()
     return Windows(share_WLF=np.load(path, mmap_mode="r+"), **arrays)
 

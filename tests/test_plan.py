@@ -61,6 +61,21 @@ def test_the_papers_run(llama2, tmp_path, capsys):
         assert words in shown
 
 
+def test_a_closed_form_is_planned(llama2, tmp_path):
+    """Two float32 residual streams of its records, and as much work as `flops.refit_flops` counts."""
+    args = PAPER, "--accelerator", "v5p", "--model", llama2, "--seq", "4096", "--experts.refit", "2"
+    made = planned(tmp_path, *args)
+    each = made["memory"]["refit"]
+    tokens = 2 * 128 * 4096  # of two steps, over 16 devices
+    assert each["activations"] == 2 * 4 * 4096 * tokens // 16
+    assert each["weights"] > made["memory"]["experts"]["weights"] and each["optimizer"] > 0
+    assert made["tokens"]["refit"] == tokens and made["flops"]["refit"] == tokens * flops.refit_flops(
+        sizes.MODELS["llama2-7b"], 4096, 11008
+    )
+    alone = planned(tmp_path, *args, "--experts.steps", "0", "--router.steps", "0", "--rounds", "1")
+    assert alone["peak"]["step"] == "refit" and alone["tokens"]["experts"] == 0
+
+
 def test_what_checkpoints_ask_of_the_disk(llama2, tmp_path, capsys):
     """Weights and two moments of 4 bytes each; two are kept, and a third is there before the oldest goes."""
     args = [PAPER, "--accelerator", "v5p", "--model", llama2, "--seq", "4096"]

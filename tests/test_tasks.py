@@ -214,6 +214,33 @@ def test_program_with_offline_copies(stages, copies, tmp_path, capsys):
             program.main([str(stages.dense), "--against", str(out), *argv])
 
 
+def test_a_stopped_run_goes_on_and_other_items_are_no_pair(stages, copies, tmp_path, monkeypatch):
+    out, argv, ran, real = (
+        tmp_path / "out",
+        [str(stages.dense), "--tasks", "piqa,lambada", "--limit", "3"],
+        [],
+        program.evaluate,
+    )
+
+    def evaluate(model, name, *rest):
+        if ran == ["piqa"]:
+            ran.append("killed")
+            raise KeyboardInterrupt
+        ran.append(name)
+        return real(model, name, *rest)
+
+    monkeypatch.setattr(program, "evaluate", evaluate)
+    with pytest.raises(KeyboardInterrupt):
+        program.main([*argv, "--out", str(out)])
+    assert not out.exists()
+    program.main([*argv, "--out", str(out)])
+    assert ran == ["piqa", "killed", "lambada_openai"] and {p.name for p in out.iterdir()} >= {"tasks.json"}
+    assert not list(out.glob("model.*.json"))
+    monkeypatch.setattr(program, "evaluate", lambda *some: (real(*some)[0] | {"read": "others"}, real(*some)[1]))
+    with pytest.raises(DataError, match="against=.*out: task piqa has other items or prompts there"):
+        program.main([str(stages.dense), "--tasks", "piqa", "--limit", "3", "--against", str(out)])
+
+
 def test_copies_have_the_fields_of_the_hub(copies):
     from datasets import load_dataset
 

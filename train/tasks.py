@@ -7,6 +7,7 @@ program answers to `readme-jax evaluate runs/tuned --tasks ...`.
 """
 
 import dataclasses
+import hashlib
 import json
 import tempfile
 from pathlib import Path
@@ -97,14 +98,24 @@ def run(config: TasksConfig, out: Path, folders: dict[str, Path], parents: dict[
         watch = Stopwatch()
         tasks, items = ({role: found[kind] for role, found in known.items()} for kind in ("tasks", "items"))
         for role, folder in models.items():
-            model = TaskModel(api.load(folder, mesh=config.mesh), config.batch)
-            tasks[role], items[role] = {}, {}
+            model, tasks[role], items[role] = None, {}, {}
             for name in names:
-                tasks[role][name], items[role][name] = evaluate(model, name, chosen[name], config)
+                part = work.path / f"{role}.{name}.json"  # a stopped run has what it had scored
+                if not part.is_file():
+                    model = model or TaskModel(api.load(folder, mesh=config.mesh), config.batch)
+                    artifacts.write_text(part, json.dumps(evaluate(model, name, chosen[name], config)))
+                    work.kept = True
+                work.scratch.append(part.name)
+                tasks[role][name], items[role][name] = json.loads(part.read_text())
         kept = {}
         if "against" in items:
             for name, scores in items["model"].items():
-                dense = items["against"][name]
+                dense, read = items["against"][name], [tasks[role][name].get("read") for role in ("model", "against")]
+                require(
+                    read[0] == read[1],
+                    f"against={config.against}: task {name} has other items or prompts there",
+                    DataError,
+                )
                 kept[name] = {score: retention(values, dense[score]) for score, values in scores.items()}
         result = {"tasks": tasks, "retention": kept, "items": items}
         artifacts.write_text(work.path / "tasks.json", json.dumps(result))
@@ -113,7 +124,7 @@ def run(config: TasksConfig, out: Path, folders: dict[str, Path], parents: dict[
 
 def finished_scores(config: TasksConfig, folder: Path, names: list[str]) -> dict[str, dict]:
     """What a finished result of this program has of its model, under the role `against`; {} for a model folder.
-    ConfigError when it lacks a task or took other items or prompts."""
+    ConfigError when it lacks a task or was made with other options."""
     if not (folder / "tasks.json").is_file():
         return {}
     made = artifacts.verify(folder, hashes=True)["config"]
@@ -127,8 +138,8 @@ def finished_scores(config: TasksConfig, folder: Path, names: list[str]) -> dict
 
 
 def evaluate(model, name: str, task, config: TasksConfig) -> tuple[dict, dict[str, list[float]]]:
-    """One task or group: its scores with standard errors, n, seconds and tokens; and each score of every item, in
-    order. Every item of a group counts the same, whatever task it is of."""
+    """One task or group: its scores with standard errors, n, seconds, tokens and `read`, a hash of items and prompts;
+    and each score of every item, in order. Every item of a group counts the same, whatever task it is of."""
     import lm_eval
 
     watch, before = Stopwatch(), model.tokens
@@ -149,7 +160,8 @@ def evaluate(model, name: str, task, config: TasksConfig) -> tuple[dict, dict[st
         rows += sorted(mine, key=lambda row: row["doc_id"])
     items = {score: [float(row[score]) for row in rows] for score in SCORES if all(score in row for row in rows)}
     require(bool(items), f"task {name}: none of its scores is one of {', '.join(SCORES)}", DataError)
-    entry: dict = {"n": len(rows), "seconds": watch.seconds, "tokens": model.tokens - before}
+    read = hashlib.sha256("".join(row["doc_hash"] + row["prompt_hash"] for row in rows).encode()).hexdigest()
+    entry: dict = {"n": len(rows), "seconds": watch.seconds, "tokens": model.tokens - before, "read": read}
     for score, values in items.items():
         entry[score], entry[f"{score}_stderr"] = mean_error(values)
     return entry, items
