@@ -182,14 +182,15 @@ def _figure(width: float):
 
 
 def _style(index: int, name: str) -> dict[str, Any]:
-    line = "--" if name == "static" else ":" if name == "paper" else "-"
+    line = {"static": "--", "paper": ":"}.get(name, "-" if index < len(COLOURS) else "-.")
     return {"color": COLOURS[index % len(COLOURS)], "linestyle": line, "marker": "osv^D"[index // len(COLOURS) % 5]}
 
 
 def draw_excess(study: dict[str, Any], path: Path) -> None:
     """ln R against tuned tokens, one line a recipe, intervals as bars; the dense model is the line at 0."""
     figure, axes = _figure(8)
-    for i, (name, recipe) in enumerate(recipes(study).items()):
+    tuned = {name: own for name, own in recipes(study).items() if len(own) > 1}  # untuned, many are the same point
+    for i, (name, recipe) in enumerate((tuned or recipes(study)).items()):
         points = sorted((int(count), entry["excess"], entry["ci"]) for count, entry in recipe.items())
         if not points:
             continue
@@ -220,7 +221,8 @@ def draw_domains(study: dict[str, Any], path: Path) -> None:
         color = COLOURS[i % len(COLOURS)]
         hatch = "//" if i >= len(COLOURS) else None
         axes.bar(np.arange(len(heights)) + i * width, heights, width, label=name, color=color, hatch=hatch)
-    axes.set_xticks(np.arange(len(seen) + len(unseen)) + 0.4, [*seen, *(f"{d} (unseen)" for d in unseen)])
+    middle = np.arange(len(seen) + len(unseen)) + (0.8 - width) / 2
+    axes.set_xticks(middle, [*seen, *(f"{d}\n(unseen)" for d in unseen)])
     axes.set(ylabel="ln R", title=_tokens(there[-1]) if there else "")
     axes.grid(alpha=0.3, axis="y")
     if found:
