@@ -83,13 +83,18 @@ def test_modes_of_transfer_differ_only_in_when():
 
 def test_the_next_batch_is_chosen_ahead_when_there_is_enough_to_choose_from():
     jobs = drawn(40)
-    # lru: what lookahead expects differs with what is known when
-    late = study.run(case("0.75x"), Serving(schedule="fcfs", residency="lru", limits=LIMITS, ahead=1e9), jobs)[1]
-    early = study.run(case("0.75x"), Serving(schedule="fcfs", residency="lru", limits=LIMITS, ahead=1.0), jobs)[1]
+
+    def run(residency, ahead):
+        serving = Serving(schedule="fcfs", residency=residency, limits=LIMITS, ahead=ahead)
+        return study.run(case("0.75x"), serving, jobs)[1]
+
+    # with lru: a lookahead that is asked late knows every next token, and evicts better for it
+    late, early = run("lru", 1e9), run("lru", 1.0)
     gaps = [b.start - a.end for a, b in itertools.pairwise(early.steps)]
     assert min(gaps) >= 0 and len(early.requests) == len(late.requests) == 40
     # a request is never in two batches at once, so a batch chosen early has others in it
     assert early.optimum.stall < late.optimum.stall
+    assert run("lookahead", 1.0).optimum.stall < 0.6 * early.optimum.stall
 
 
 def test_requests_that_come_while_a_step_runs_wait_no_longer_than_it():
