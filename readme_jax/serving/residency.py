@@ -19,6 +19,7 @@ Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
 MODES: tuple[Mode, ...] = ("layer", "column")
 FAR = 1 << 30  # steps: no announced step needs it
+HALF_LIFE = 128  # steps after which a read counts half in what lookahead goes by where the queue says nothing
 NO_IDS, NO_PASSES = np.zeros(0, np.int32), np.zeros(0, np.int64)
 NO_LOADS = (NO_IDS, NO_IDS, NO_IDS, NO_PASSES)
 
@@ -103,13 +104,13 @@ class Residency:
     """A pool of slots, one expert page each, for all layers of a bank; see `plan`.
 
     budget: bytes of the pool. policy: what is evicted. `lookahead`: the page whose next use in the announced future is
-    farthest (Belady's rule on what is honestly known); pages that no announced step uses come first, those last used in
-    the oldest step before others and of one step the highest layer (it comes round last). `lru`: least recently read.
-    `lfu`: read in the fewest passes so far (ties: least recently). `random`: any, drawn from `seed`. No page of the
-    running pass is ever evicted. mode: with `layer`, pages of a layer may be evicted as soon as the step is past it;
-    with `column`, the pages of a step, all layers, lie in the pool together (as in the paper), and a step too large for
-    that runs as in mode layer. record: keep the pages of every pass (of every step, in mode column) in `accesses`, for
-    `optimum.fewest_loads`. ConfigError for a budget below the least (see `Bank.slots`), an unknown policy or mode.
+    farthest (Belady's rule on what is honestly known); pages that no announced step uses come first: those that steps
+    used least, where a use of HALF_LIFE steps ago counts half, and of equals the highest layer (it comes round last).
+    `lru`: least recently read. `lfu`: read in the fewest passes so far (ties: least recently). `random`: any, drawn from
+    `seed`. No page of the running pass is ever evicted. mode: with `layer`, pages of a layer may be evicted as soon as
+    the step is past it; with `column`, the pages of a step, all layers, lie in the pool together (as in the paper), and a
+    step too large for that runs as in mode layer. record: keep the pages of every pass (of every step, in mode column)
+    in `accesses`, for `optimum.fewest_loads`. ConfigError for a budget below the least (see `Bank.slots`), an unknown policy or mode.
     """
 
     def __init__(
@@ -133,6 +134,7 @@ class Residency:
         self._free = list(range(self.slots - 1, -1, -1))  # empty slots, the next one to take last
         self._last_pass = np.full(bank.items, -1, np.int64)
         self._last_step = np.full(bank.items, -1, np.int64)
+        self._uses = np.zeros(bank.items)  # steps that read the item, older ones less, as of `_last_step`
         self._layer_of = np.repeat(np.arange(bank.layers), bank.pages)
         self._touch_IE = bank.touch_LPE.reshape(-1, bank.experts)
         self._patterns_QE, pattern = np.unique(self._touch_IE, axis=0, return_inverse=True)
@@ -185,6 +187,8 @@ class Residency:
         if self.accesses is not None:
             self.accesses += [items_N[start:stop] for start, stop in zip(groups, groups[1:])]
         slots_N = self.slot_of[items_N]
+        ago_N = step - self._last_step[items_N]
+        self._uses[items_N] = 1 + self._uses[items_N] * np.exp2(ago_N / -HALF_LIFE)
         self._last_step[items_N] = step
         if self._order is None:
             found = self._farthest(items_N, slots_N, pass_N, groups, future)
@@ -245,7 +249,8 @@ class Residency:
 
     def _next_use(self, items_N: np.ndarray, future: Sequence[frozenset[int]]) -> np.ndarray:
         """int64 rank of the next use after this step, larger is later: next step that needs the page, then its layer;
-        behind all of these pages that no announced step needs, by steps since their last use, then layer."""
+        behind all of these pages that no announced step needs, by HALF_LIFE times the logarithm of their uses (of pages
+        used once: steps since), then layer."""
         bank, left = self.bank, set(range(self.bank.experts))
         next_E = np.full(bank.experts, FAR)
         for ahead, experts in enumerate(future, 1):
@@ -257,7 +262,10 @@ class Residency:
         next_Q = np.where(self._patterns_QE, next_E, FAR).min(1, initial=FAR)
         next_N = next_Q[self._pattern_of[items_N]]
         if left:
-            next_N += np.where(next_N == FAR, self.counters.steps - self._last_step[items_N], 0)
+            ago_N = self.counters.steps - self._last_step[items_N]
+            most = HALF_LIFE * np.log2(2 * HALF_LIFE)  # a page that every step read: no rank falls below FAR
+            unused_N = np.rint(ago_N + most - HALF_LIFE * np.log2(self._uses[items_N])).astype(np.int64)
+            next_N += np.where(next_N == FAR, unused_N, 0)
         return next_N * bank.layers + self._layer_of[items_N]
 
     def _farthest(
