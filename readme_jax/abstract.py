@@ -13,7 +13,7 @@ import numpy as np
 
 from readme_jax import optim, steps
 from readme_jax.alternate import AlternateConfig, check
-from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig
+from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, require
 from readme_jax.losses import HeadLoss, TopK
 from readme_jax.models import backbone, parallel, router
 from readme_jax.models.experts import ExpertTable, Grouped, Masked, Route
@@ -38,6 +38,15 @@ class Run:
     seq: int
     used: int = 0
     skew: float = 1.5
+
+    def __post_init__(self):
+        parts = self.config.experts.cut
+        require(self.seq % parts == 0, f"experts.cut={parts} does not divide records of {self.seq} tokens")
+
+    @property
+    def row(self) -> int:
+        """Tokens of a row of the expert phase."""
+        return self.seq // self.config.experts.cut
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,20 +133,20 @@ def tokens(accum: int, batch: int, seq: int) -> dict[str, Any]:
 def route_of(run: Run) -> Route:
     """The route of an expert batch: of `grouped` for equal shares, of `parallel` on the rung for `skew`."""
     chosen, count = run.config.experts, run.experts.experts
-    shape = (chosen.accum, chosen.batch, run.seq)
+    shape = (chosen.accum, chosen.batch, run.row)
     if chosen.way == "masked":
         return Masked(shaped(shape, jnp.int32, MICRO))
     if chosen.way == "parallel":
         peers = expert_devices()
-        each = chosen.batch * run.seq // batch_devices()
+        each = chosen.batch * run.row // batch_devices()
         sizes = ladder(each, peers)
         rung = int(np.searchsorted(sizes, min(run.skew * each / peers, each)))
         return parallel.abstract_routes(shape, count)[rung]
-    rows, groups = _groups(chosen.batch * run.seq, count)
+    rows, groups = _groups(chosen.batch * run.row, count)
     return Grouped(
         shaped((chosen.accum, groups, rows), jnp.int32),
         shaped((chosen.accum, groups), jnp.int32),
-        shaped((chosen.accum, chosen.batch * run.seq), jnp.int32),
+        shaped((chosen.accum, chosen.batch * run.row), jnp.int32),
     )
 
 
@@ -156,7 +165,7 @@ def student(run: Run) -> tuple[Any, Any]:
 def top_k(run: Run) -> TopK:
     """What is kept of the teacher for an expert batch."""
     own, token = run.config.experts, jnp.uint16 if run.model.vocab <= 1 << 16 else jnp.int32
-    shape = (own.accum, own.batch, run.seq)
+    shape = (own.accum, own.batch, run.row)
     logp, ids = (shaped((*shape, own.teacher_topk), kind, jax.P(*MICRO, None)) for kind in (jnp.float32, token))
     return TopK(logp, ids, shaped(shape, jnp.float32, MICRO))
 
@@ -175,7 +184,12 @@ def train_steps(run: Run) -> dict[str, Step]:
     if chosen.teacher_topk:
         step = steps.make_top_k(cfg, chosen.teacher_topk, chosen.head_chunk, dtype)
         found["teacher"] = Step(
-            step, (teacher, *rows(run, chosen.batch)), False, 1, ("teacher", cfg, chosen.head_chunk, dtype), before=True
+            step,
+            (teacher, *rows(chosen.batch, run.row)),
+            False,
+            1,
+            ("teacher", cfg, chosen.head_chunk, dtype),
+            before=True,
         )
     if run.router is not None:
         tx = optim.make(tuning.optim, tuning.steps)
@@ -183,7 +197,7 @@ def train_steps(run: Run) -> dict[str, Step]:
         if tuning.steps:
             label, batch = steps.make_label(cfg, tuning.labels, dtype), tokens(tuning.accum, tuning.batch, run.seq)
             if config.labelled:
-                arguments = (teacher, experts, *rows(run, tuning.label_batch))
+                arguments = (teacher, experts, *rows(tuning.label_batch, run.seq))
                 found["label"] = Step(label, arguments, False, 2, asked, before=True)
             else:
                 label_all = jax.jit(lambda params, table, *pair: jax.lax.map(lambda m: label(params, table, *m), pair))
@@ -196,7 +210,7 @@ def train_steps(run: Run) -> dict[str, Step]:
                 step, (choosing, batch), True, 1, ("router", cfg, run.router, tuning.optim, tuning.balance)
             )
         if chosen.steps:
-            batch = tokens(chosen.accum, chosen.batch, run.seq)
+            batch = tokens(chosen.accum, chosen.batch, run.row)
             route = steps.make_route(run.router, cfg.rope_theta)
             arguments = (choosing.params, batch["ids"], batch["segments"])
             found["route"] = Step(route, arguments, False, 1, ("route", cfg, run.router))
@@ -204,7 +218,7 @@ def train_steps(run: Run) -> dict[str, Step]:
         tx = optim.make(chosen.optim, chosen.steps)
         head = HeadLoss(chosen.kd_weight, chosen.ce_weight, chosen.head_chunk)
         step = steps.make_expert_step(cfg, head, tx, dtype=dtype, remat=chosen.remat)
-        batch = tokens(chosen.accum, chosen.batch, run.seq) | {"route": route_of(run)}
+        batch = tokens(chosen.accum, chosen.batch, run.row) | {"route": route_of(run)}
         batch |= {"teacher": top_k(run)} if chosen.teacher_topk else {}
         arguments = (phase(tuned, tx), frozen, teacher if chosen.teacher else None, experts, batch)
         settings = ("experts", cfg, head, chosen.optim, dtype, chosen.remat)
@@ -212,6 +226,6 @@ def train_steps(run: Run) -> dict[str, Step]:
     return found
 
 
-def rows(run: Run, count: int) -> list[Any]:
-    """ids and segments of `count` records."""
-    return [shaped((count, run.seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]
+def rows(count: int, seq: int) -> list[Any]:
+    """ids and segments of `count` rows."""
+    return [shaped((count, seq), jnp.int32, spec("batch", "seq")) for _ in range(2)]

@@ -70,9 +70,12 @@ class ExpertPhase:
     steps: int
     """Optimizer steps in each round; 0 leaves the backbone as it is."""
     batch: int
-    """Records of one microbatch."""
+    """Rows of one microbatch."""
     accum: int = 1
     """Microbatches of one optimizer step."""
+    cut: int = 1
+    """Rows that a record is cut into, equally long; a row sees nothing of the one before. Smaller steps, so that few
+    tokens are many steps. 1: records are rows."""
     optim: OptimConfig = OptimConfig(lr=5e-5)
     """Optimizer."""
     kd_weight: float = 1.0
@@ -104,6 +107,7 @@ class ExpertPhase:
         weights = (self.kd_weight, self.ce_weight)
         require(min(weights) >= 0 and sum(weights) > 0, f"kd_weight={weights[0]}, ce_weight={weights[1]}: not both 0")
         require(self.head_chunk >= 1, f"head_chunk={self.head_chunk} must be at least 1")
+        require(self.cut >= 1, f"cut={self.cut} must be at least 1")
         require(self.refit >= 0, f"refit={self.refit} must not be negative")
         require(self.teacher_topk >= 0, f"teacher_topk={self.teacher_topk} must not be negative")
         distilled = self.kd_weight > 0 and self.steps > 0
@@ -261,12 +265,13 @@ def _reads(phase: RouterPhase | ExpertPhase) -> bool:
 
 
 def records_of(config: AlternateConfig, records: dict[str, Records]) -> dict[str, dict[str, Records]]:
-    """The records of each phase, by its name. ConfigError where a step would take more than there are."""
-    pools = {"router": first_records(records, config.router.records), "experts": records}
+    """The rows of each phase, by its name. ConfigError where they cannot be cut or a step takes too many."""
+    pools = {"router": first_records(records, config.router.records)}
+    pools["experts"] = {name: own.cut(config.experts.cut) for name, own in records.items()}
     for name, phase in (("router", config.router), ("experts", config.experts)):
         there = sum(map(len, pools[name].values()))
         fits = not _reads(phase) or phase.batch * phase.accum <= there
-        require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} records")
+        require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} rows")
     return pools
 
 

@@ -42,6 +42,12 @@ class Records:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def cut(self, parts: int) -> "Records":
+        """Views of the same tokens in rows of T / parts, `parts` for each record. ConfigError if T is no multiple."""
+        count, seq = self.ids.shape
+        require(seq % parts == 0, f"experts.cut={parts} does not divide records of {seq} tokens")
+        return Records(*(a.reshape(count * parts, seq // parts) for a in (self.ids, self.segments)))
+
     def take(self, rows_B: np.ndarray | slice) -> tuple[np.ndarray, np.ndarray]:
         """ids and segments of some records, int32 [B, T]."""
         return self.ids[rows_B].astype(np.int32), self.segments[rows_B].astype(np.int32)

@@ -168,7 +168,7 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
 def _refit_memory(run: Run, weights: int, optimizer: int) -> Memory:
     """Of `refit`, what lasts over its layers: two residual streams of all records, sums and factor, w_down twice."""
     cfg, phase = run.model, run.config.experts
-    tokens = run.config.refit_steps * phase.batch * phase.accum * run.seq // batch_devices()
+    tokens = run.config.refit_steps * phase.batch * phase.accum * run.row // batch_devices()
     down = _bytes(abstract.parameters(run, phase.optim.params)["layers"]["w_down"])
     used = run.used or cfg.mlp
     return Memory(weights + 2 * down, optimizer, 8 * tokens * cfg.embed, 8 * used * (used + cfg.embed))
@@ -187,18 +187,18 @@ def work(run: Run, records: int = 0) -> Work:
     """
     config, cfg, experts = run.config, run.model, run.experts
     tokens, needed = {}, {}
-    for name, phase in (("router", config.router), ("experts", config.experts)):
-        tokens[name] = config.rounds * phase.steps * phase.batch * phase.accum * run.seq
-        each = flops.train_flops_per_token(cfg, experts, phase, run.seq, router=run.router, used=run.used or None)
+    for name, phase, seq in (("router", config.router, run.seq), ("experts", config.experts, run.row)):
+        tokens[name] = config.rounds * phase.steps * phase.batch * phase.accum * seq
+        each = flops.train_flops_per_token(cfg, experts, phase, seq, router=run.router, used=run.used or None)
         needed[name] = tokens[name] * each
     if config.refit_steps:
-        tokens["refit"] = config.refit_steps * config.experts.batch * config.experts.accum * run.seq
-        needed["refit"] = tokens["refit"] * flops.refit_flops(cfg, run.seq, run.used or cfg.mlp)
+        tokens["refit"] = config.refit_steps * config.experts.batch * config.experts.accum * run.row
+        needed["refit"] = tokens["refit"] * flops.refit_flops(cfg, run.row, run.used or cfg.mlp)
     asked = {}  # before the loop, each record once
     if config.labelled:
         asked["labels"] = ("router", config.router.records, flops.label_flops(cfg, experts.experts, run.seq))
     if config.experts.teacher_topk:
-        dense = flops.layers(cfg, run.seq, cfg.mlp).total + flops.head_flops(cfg)
+        dense = flops.layers(cfg, run.row, cfg.mlp).total + flops.head_flops(cfg)
         asked["teacher"] = ("experts", 0, dense)
     for name, (phase, most, each) in asked.items():
         tokens[name] = run.seq * min([tokens[phase] // run.seq, *(n for n in (records, most) if n)])

@@ -134,19 +134,20 @@ def stage_cost(out: Path, stage: Stage, cfg: ModelConfig, seq: int) -> tuple[dic
     _, experts, router = hf.read_config(stage.folder)
     assert experts is not None
     used = max(len(np.unique(table_EC)) for table_EC in hf.Reader(stage.folder).get(EXPERTS))
-    phases = {"router": stage.config.router, "experts": stage.config.experts}
+    row = seq // stage.config.experts.cut
+    phases = {"router": (stage.config.router, seq), "experts": (stage.config.experts, row)}
     own = {
-        name: flops.train_flops_per_token(cfg, experts, phase, seq, router=router, used=used)
-        for name, phase in phases.items()
+        name: flops.train_flops_per_token(cfg, experts, phase, length, router=router, used=used)
+        for name, (phase, length) in phases.items()
         if ran[name]
     }
     spent = {**ran, "labels": labelled(out, stage, seq)}
     work = sum(ran[name] * own[name] for name in own) + spent["labels"] * flops.label_flops(cfg, experts.experts, seq)
     if stage.config.refit_steps:
         phase = stage.config.experts
-        work += stage.config.refit_steps * phase.batch * phase.accum * seq * flops.refit_flops(cfg, seq, used)
+        work += stage.config.refit_steps * phase.batch * phase.accum * row * flops.refit_flops(cfg, row, used)
     if stage.config.experts.teacher_topk and ran["experts"]:  # asked once, before training
-        work += ran["experts"] * (flops.layers(cfg, seq, cfg.mlp).total + flops.head_flops(cfg))
+        work += ran["experts"] * (flops.layers(cfg, row, cfg.mlp).total + flops.head_flops(cfg))
     return spent, work
 
 

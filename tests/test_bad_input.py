@@ -361,7 +361,9 @@ def test_alternate(stages, refused, tmp_path, monkeypatch):
     alternate(["experts.optim", "b2=1.0 must be at least 0 and below 1"], experts__optim__b2=1)
     alternate(["experts.optim", "weight_decay=-3.0 must not be negative"], experts__optim__weight_decay=-3)
     alternate(["experts.batch=1000000000, experts.accum=1: the phase has only"], experts__batch=10**9)
-    rule = ["router.batch=4, router.accum=1: the phase has only 3 records"]
+    alternate(["experts", "cut=0 must be at least 1"], experts__cut=0)
+    alternate(["experts.cut=5 does not divide records of 32 tokens"], experts__cut=5)
+    rule = ["router.batch=4, router.accum=1: the phase has only 3 rows"]
     alternate(rule, router__records=1, router__batch=4)
     alternate(["router: balance=-1.0 must be finite and at least 0"], router__balance=-1.0)
     separate = tmp_path / "separate"

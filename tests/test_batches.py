@@ -48,6 +48,20 @@ def test_batch_shapes_and_content():
     assert (batch["segments"] == [1] * 4 + [2] * 4).all()
 
 
+def test_records_cut_are_the_same_tokens_in_shorter_rows():
+    records = {"a": Records(np.arange(24).reshape(3, 8), np.repeat([[1, 2, 0, 0]], 3, 0).repeat(2, 1))}
+    cut = {name: own.cut(4) for name, own in records.items()}
+    assert len(cut["a"]) == 12 and np.shares_memory(cut["a"].ids, records["a"].ids)
+    batches = Batches(cut, {"a": 1.0}, batch=4)
+    rows = np.concatenate([batches[step]["ids"][0] for step in range(3)])
+    assert sorted(rows.tolist()) == np.arange(24).reshape(12, 2).tolist(), "every row once"
+    for step in range(3):
+        batch = batches[step]
+        assert (batch["segments"][..., 0] == np.array([1, 2, 0, 0])[batch["index"] % 4]).all()
+    with pytest.raises(ConfigError, match="experts.cut=3 does not divide records of 8 tokens"):
+        records["a"].cut(3)
+
+
 def test_batches_are_a_function_of_the_step():
     records = make_records(COUNTS)
     batches = Batches(records, WEIGHTS, batch=4, seed=7)

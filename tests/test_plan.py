@@ -72,6 +72,10 @@ def test_a_closed_form_is_planned(llama2, tmp_path):
     assert made["tokens"]["refit"] == tokens and made["flops"]["refit"] == tokens * flops.refit_flops(
         sizes.MODELS["llama2-7b"], 4096, 11008
     )
+    cut = planned(tmp_path, *args, "--experts.cut", "4")
+    assert 4 * cut["tokens"]["experts"] == made["tokens"]["experts"]
+    assert cut["tokens"]["router"] == made["tokens"]["router"]
+    assert cut["memory"]["experts"]["activations"] < made["memory"]["experts"]["activations"] / 2
     alone = planned(tmp_path, *args, "--experts.steps", "0", "--router.steps", "0", "--rounds", "1")
     assert alone["peak"]["step"] == "refit" and alone["tokens"]["experts"] == 0
 
@@ -281,6 +285,7 @@ def nbytes(tree) -> int:
         (["--accelerator", "v5p", "--mesh.data", "32"], r"router\.batch=16 must be a multiple of the mesh's 32"),
         (["--accelerator", "v5p", "--mesh.data", "1000000000"], r"needs 1000000000 devices: more than 1048576 cannot"),
         (["--accelerator", "v5p", "--seq", "8192"], r"seq=8192 exceeds the model's context of 4096"),
+        (["--accelerator", "v5p", "--experts.cut", "3"], r"experts\.cut=3 does not divide records of 4096 tokens"),
         (["--accelerator", "v5p", "--seq", "0"], r"seq: say it, there is no result in data=runs/llama2-7b/data yet"),
         (["--accelerator", "v5p", "--margin", "-0.5"], r"margin=-0\.5 must be at least 0 and below 1, or -1"),
         (["--accelerator", "v5p", "--disk", "-1"], r"disk=-1\.0 must not be negative"),

@@ -416,6 +416,17 @@ def test_static_model_and_ffn_only(stages, tmp_path):
     assert model.router_config is None and model.route([[1, 2, 3]]).tolist() == [[0, 0, 0]]
 
 
+def test_records_cut_into_rows(stages, tmp_path):
+    """Half as long rows, so half the tokens a step; what the teacher says of them is kept by row."""
+    out = stages.alternate(tmp_path / "cut", rounds=1, experts__cut=2)
+    tokens = {m: artifacts.read_manifest(m)["info"]["tokens"] for m in (out, stages.tuned)}
+    assert 2 * tokens[out]["experts"] * 2 == tokens[stages.tuned]["experts"], "one round, and half the tokens"
+    assert 2 * tokens[out]["router"] == tokens[stages.tuned]["router"]
+    kept = stages.alternate(tmp_path / "kept", rounds=1, experts__cut=2, experts__teacher_topk=384)
+    asked, told = logged(out, "experts/kl"), logged(kept, "experts/kl")
+    assert told.keys() == asked.keys() and all(told[t] == pytest.approx(asked[t], rel=5e-3) for t in asked)
+
+
 def test_current_teacher_labels_on_the_fly(stages, tmp_path, monkeypatch):
     with nothing_compiles(monkeypatch):
         out = stages.alternate(tmp_path / "current", router__teacher="current")

@@ -69,6 +69,10 @@ def planned(folder, stages, recipes=RECIPES, **changes):
 # ---- recipes and chains -----------------------------------------------------------------------
 
 
+def recipes_cut():
+    return {**RECIPES["both"], "experts": RECIPES["both"]["experts"] | {"cut": 4}}
+
+
 @pytest.mark.parametrize("records, share, masks, left", [(8, 0.25, 2, 6), (98, 0.25, 24, 74), (9, 0.5, 4, 5)])
 def test_steps_read_the_tokens_exactly(records, share, masks, left):
     recipe = from_dict(Recipe, {**RECIPES["both"], "masks": {"share": share}})
@@ -77,6 +81,8 @@ def test_steps_read_the_tokens_exactly(records, share, masks, left):
     assert study.split_steps(alone, records * SEQ, SEQ) == (records, 0)
     plain = from_dict(Recipe, RECIPES["domain"])
     assert study.split_steps(plain, records * SEQ, SEQ) == (0, records)
+    cut = from_dict(Recipe, {**recipes_cut(), "masks": {"share": share}})
+    assert study.split_steps(cut, records * SEQ, SEQ) == (masks, 4 * left)
 
 
 def test_tokens_of_every_job_are_what_was_asked(tmp_path, stages):
@@ -158,6 +164,8 @@ def test_what_decides_a_folder(tmp_path, stages):
         (lambda r: r["domain"].update(calibrate={"window": 0.5}), "recipe domain.calibrate.window: "),
         (lambda r: r["both"]["experts"].update(batch=0), "experts.batch=0 must be a whole number of at least 1"),
         (lambda r: r["both"]["masks"].update(accum="two"), "masks.accum='two' must be a whole number of at least 1"),
+        (lambda r: r["both"]["experts"].update(cut=0), "experts.cut=0 must be a whole number of at least 1"),
+        (lambda r: r["both"]["experts"].update(cut=3), "recipe both: experts.cut=3 does not divide data.seq=32"),
         (lambda r: r["both"]["experts"].pop("batch"), "recipe both.experts.batch: missing"),
         (lambda r: r["both"].update(carve="domain"), "both.yaml: carve: expected a mapping"),
         (lambda r: r["both"]["masks"].update(lr=0), "recipe both.masks: lr=0.0 must be positive"),
@@ -168,10 +176,10 @@ def test_what_decides_a_folder(tmp_path, stages):
         (lambda r: r["domain"]["carve"].update(storage="separate"), "carve.storage: recipes are tuned with tied"),
         (lambda r: r["both"]["masks"].update(share=0.01), "recipe both: masks.share=0.01: no step of 8 records"),
         (lambda r: r["frozen"]["masks"].update(share=0.5), "masks.share=0.5: without experts all tokens are for masks"),
-        (lambda r: r["frozen"]["masks"].update(batch=3), "recipe frozen: tokens=256: 2 records of 32 tokens do not"),
+        (lambda r: r["frozen"]["masks"].update(batch=3), "recipe frozen: tokens=256: 2 rows of 32 tokens do not"),
         (
             lambda r: r["paper"].update(rounds=3),
-            "recipe paper: tokens=256: 8 records of 32 tokens do not divide into 3",
+            "recipe paper: tokens=256: 8 rows of 32 tokens do not divide into 3",
         ),
         (lambda r: r["domain"].pop("router"), "router: missing; only carving=static has none"),
         (lambda r: r["static"].update(router=ROUTER), "router: has no meaning with carving=static"),

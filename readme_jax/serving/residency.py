@@ -106,11 +106,12 @@ class Residency:
     budget: bytes of the pool. policy: what is evicted. `lookahead`: the page whose next use in the announced future is
     farthest (Belady's rule on what is honestly known); pages that no announced step uses come first: those that steps
     used least, where a use of HALF_LIFE steps ago counts half, and of equals the highest layer (it comes round last).
-    `lru`: least recently read. `lfu`: read in the fewest passes so far (ties: least recently). `random`: any, drawn from
-    `seed`. No page of the running pass is ever evicted. mode: with `layer`, pages of a layer may be evicted as soon as
-    the step is past it; with `column`, the pages of a step, all layers, lie in the pool together (as in the paper), and a
-    step too large for that runs as in mode layer. record: keep the pages of every pass (of every step, in mode column)
-    in `accesses`, for `optimum.fewest_loads`. ConfigError for a budget below the least (see `Bank.slots`), an unknown policy or mode.
+    `lru`: least recently read. `lfu`: read in the fewest passes so far (ties: least recently). `random`: any, drawn
+    from `seed`. No page of the running pass is ever evicted. mode: with `layer`, pages of a layer may be evicted as
+    soon as the step is past it; with `column`, the pages of a step, all layers, lie in the pool together (as in the
+    paper), and a step too large for that runs as in mode layer. record: keep the pages of every pass (of every step, in
+    mode column) in `accesses`, for `optimum.fewest_loads`. ConfigError for a budget below the least (see `Bank.slots`),
+    an unknown policy or mode.
     """
 
     def __init__(
