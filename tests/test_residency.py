@@ -281,6 +281,16 @@ def test_ties_beyond_the_announced_future_go_by_oldest_step_then_highest_layer()
     assert sorted(plan.load_victims.tolist()) == [2, 6]
 
 
+@pytest.mark.parametrize("later, victim", [(2, 1), (300, 0)])
+def test_beyond_the_announced_future_often_counts_until_it_is_long_ago(later, victim):
+    """Expert 0 in two steps, expert 1 in one after them, or `later` steps after them; who goes for expert 3?"""
+    bank = separate(layers=1, experts=4)
+    residency = Residency(bank, 3 * bank.page_bytes)
+    for e in (0, 0, *[2] * (later - 1), 1, 3):
+        plan = residency.plan(frozenset({e}), [frozenset({2})])
+    assert plan.load_victims.tolist() == [victim]
+
+
 def test_plans_depend_on_program_order_only():
     bank, trace = tied(1), chain(60, 4, 0.6, batch=2)
     for policy in POLICIES:
