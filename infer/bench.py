@@ -92,7 +92,7 @@ def read_requests(config: BenchConfig, model: api.Model) -> list[TraceRequest]:
     """The requests to replay, with their prompts."""
     trace = generate(config.arrivals)
     if config.trace is not None:
-        trace = read_trace(config.trace, model.encode)[: config.requests or None]
+        trace = read_trace(config.trace, model.encode, vocab=model.config.vocab)[: config.requests or None]
         if config.rate:
             together = trace[-1].arrival == trace[0].arrival
             trace = arriving(trace, config.rate) if together else at_rate(trace, config.rate)

@@ -179,6 +179,7 @@ def heading(machine: machines.Machine, case: Case, requests: list[RoutedRequest]
     """What is simulated, with the assumptions that the figures rest on."""
     bank, cfg, assumed = case.bank, case.costs.cfg, machine.assumed
     span = requests[-1].arrival - requests[0].arrival
+    rate = f"{len(requests) / span:.3g} a second" if span else "all at once"
     prompt = sum(len(job.prompt_experts) for job in requests) / len(requests)
     output = sum(len(job.output_experts) for job in requests) / len(requests)
     return (
@@ -187,7 +188,7 @@ def heading(machine: machines.Machine, case: Case, requests: list[RoutedRequest]
         f"{machine.name}: {machine.flops / 1e12:.0f} TFLOP/s, "
         f"{machine.bandwidth / 1e9:.0f} GB/s, link {machine.link_rate / 1e9:.1f} GB/s "
         f"(assumed {assumed.flops_share:.0%}, {assumed.memory_share:.0%} and {assumed.link_share:.0%} of the peaks)\n"
-        f"{len(requests)} requests, {len(requests) / span:.3g} a second, {prompt:.0f} + {output:.0f} tokens on "
+        f"{len(requests)} requests, {rate}, {prompt:.0f} + {output:.0f} tokens on "
         f"average; room for {case.kv_pages * Simulation.PAGE_TOKENS} tokens of keys and values"
     )
 

@@ -304,6 +304,27 @@ def test_an_interrupted_step_is_never_gone_on_from(model, monkeypatch, nth):
         check_empty(engine)
 
 
+def test_a_restart_tells_everyone_who_waits(model, monkeypatch):
+    """After a step that broke too: streams and callers of `step` hear that their requests are over."""
+    sampling = SamplingParams(max_new_tokens=30, ignore_eos=True, n=2)
+    with Engine(model, **SMALL) as engine:
+        open_stream, number = engine.stream([3, 4, 5], sampling), engine.add_request([7, 8], sampling)
+        said = [next(open_stream)]
+        step = engine.parts.runner.step
+        monkeypatch.setattr(engine.parts.runner, "step", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            while True:
+                engine.step()
+        monkeypatch.setattr(engine.parts.runner, "step", step)
+        engine.restart()
+        said += open_stream
+        ended = {update.choice for update in said if update.reason == "cancelled"}
+        assert ended == {0, 1} and all(update.usage for update in said if update.reason)
+        assert (number, "cancelled") in {(update.id, update.reason) for update in engine.step()}
+        assert engine.unfinished == 0
+        check_empty(engine)
+
+
 def test_an_engine_works_again_after_an_error_of_the_transfers(model, monkeypatch):
     with Engine(model, **SMALL, expert_memory="0.3x") as engine:
         alone = engine.generate([[3, 4, 5]])[0].choices[0].tokens

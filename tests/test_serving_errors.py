@@ -155,6 +155,29 @@ def test_prompts(engine, prompt, options, message):
             call(prompt, sampling)
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(stop=5), "stop=5 must be texts that are not empty"),
+        (dict(stop=("a", "")), "stop=.* must be texts that are not empty"),
+        (dict(stop_tokens=2.5), r"stop_tokens=2\.5 must be token ids"),
+        (dict(stop_tokens=("a",)), "stop_tokens=.* must be token ids"),
+        (dict(repetition_penalty=1e300), r"repetition_penalty=1e\+300 must be in \[0\.001, 1000\]"),
+        (dict(repetition_penalty=0), r"repetition_penalty=0 must be in"),
+    ],
+)
+def test_sampling_options(options, message):
+    with pytest.raises(ConfigError, match=message):
+        SamplingParams(**options)
+
+
+def test_one_stop_or_none():
+    one = SamplingParams(stop="\n", stop_tokens=2)
+    assert (one.stop, one.stop_tokens) == (("\n",), (2,))
+    none = SamplingParams(stop=None, stop_tokens=None)
+    assert (none.stop, none.stop_tokens) == ((), ())
+
+
 def test_a_request_that_fits_into_no_pages(folder, monkeypatch):
     monkeypatch.setattr(parts, "Runner", FakeRunner)
     with Engine(folder, **SMALL | dict(kv_memory="8KiB")) as engine:

@@ -303,6 +303,10 @@ def test_program_reads_routing_traces(tmp_path, capsys):
     assert "4 requests, 2.67 a second, 3 + 2 tokens" in capsys.readouterr().out
     (results,) = json.loads(file.read_text())["results"].values()
     assert next(iter(results.values()))["total_output_tokens"] == 8
+    with trace_files.RoutingRecorder(path, 7) as recorder:
+        recorder.write(job([1, 2], [0], arrival=3.0))
+    program.main([*SMALL, "--routed", str(path), "--load", "0", "--policies", "one"])
+    assert "1 requests, all at once, 2 + 1 tokens" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="has 7 experts, the model 4"):
         program.main([*SMALL, "--routed", str(path), "--routing.experts", "4"])
 

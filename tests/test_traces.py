@@ -104,6 +104,10 @@ JSONL = '{"arrival": 0, "prompt_tokens": 1, "output_tokens": 1}\n'
         ("a.csv", AZURE.splitlines()[0], r"a\.csv: no request in it"),
         ("b.csv", BURST.replace("\n45", "\n-45"), r"b\.csv:3: arrival=-45\.0 must be a time of 0 s or later"),
         ("b.csv", BURST.replace("\n45", "\ninf"), r"b\.csv:3: arrival=inf must be"),
+        ("t.jsonl", JSONL.replace("0", "1" + 400 * "0", 1), r"t\.jsonl:1: arrival=1000.* is too large"),
+        ("t.jsonl", JSONL.replace("0", 5000 * "1", 1), r"t\.jsonl:1: not JSON: Exceeds the limit"),
+        ("t.jsonl", JSONL + 100_000 * "[", r"t\.jsonl:2: not JSON"),
+        ("s.json", 100_000 * "[", r"s\.json: not JSON"),
         ("t.jsonl", JSONL + "{", r"t\.jsonl:2: not JSON"),
         ("t.jsonl", JSONL + "\n[1]", r"t\.jsonl:3: not a JSON object"),
         ("t.jsonl", JSONL.replace("arrival", "time"), r"t\.jsonl:1: unknown time; known are arrival"),
@@ -123,6 +127,13 @@ def test_what_is_broken_is_named_with_its_line(tmp_path, name, text, message):
     with pytest.raises(DataError, match=message) as caught:
         read_trace(saved(tmp_path, name, text))
     assert "\n" not in str(caught.value)
+
+
+def test_token_ids_of_another_vocabulary(tmp_path):
+    path = saved(tmp_path, "t.jsonl", JSONL + JSONL.replace("1}", '1, "prompt": [7]}'))
+    assert read_trace(path, vocab=8)[1].prompt == [7]
+    with pytest.raises(DataError, match=r"t\.jsonl:2: token id 7 is outside the vocabulary of 7"):
+        read_trace(path, vocab=7)
 
 
 def test_other_bytes_and_no_file(tmp_path):
@@ -316,6 +327,10 @@ def test_a_routing_trace_is_recorded_and_read(tmp_path):
         ('{"experts": 2}\n{"arrival": 0, "prompt": [1]}', r"r\.jsonl:2: output=None must be a list of experts"),
         ('{"experts": 2}\n{"prompt": [1], "output": [1]}', r"r\.jsonl:2: arrival=None must be a time"),
         ('{"experts": 2}\n{"arr', r"r\.jsonl:2: not JSON"),
+        (
+            '{"experts": 2}\n{"arrival": 1%s, "prompt": [1], "output": [1]}' % (400 * "0"),
+            r"r\.jsonl:2: arrival=1000.* is too large",
+        ),
     ],
 )
 def test_a_broken_routing_trace_is_named_with_its_line(tmp_path, text, message):

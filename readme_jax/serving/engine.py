@@ -146,6 +146,9 @@ class Engine:
         """Cancel what is left of these requests, and their news: nobody waits for them."""
         for number in ids:
             self.cancel(number)
+            if number in self._asked:  # of a broken engine
+                for request in self._asked.pop(number).open:
+                    del self._of[request]
         self._news = [update for update in self._news if update.id not in ids]
 
     def add_request(
@@ -187,13 +190,14 @@ class Engine:
         return len(self._asked)
 
     def stats(self) -> dict[str, Any]:
-        """Counters since the engine was made: bytes by reason, hits, waits, shares of time (docs/serving.md)."""
+        """Counters since the engine was made or restarted: bytes by reason, hits, waits, times (docs/serving.md)."""
         return self.parts.stats()
 
     def restart(self, *, recorder: Recorder | None = None, **changes: Any) -> None:
         """Begin anew, with other policies on the same device memory and programs: what is left is cancelled, pages are
-        empty, counters at zero. changes: of the options schedule, residency, mode, max_wait, lookahead and ahead. What
-        is refused changes nothing. An engine that an error stopped works again."""
+        empty, counters at zero. Whoever follows it gets a last update that says so. changes: of the options schedule,
+        residency, mode, max_wait, lookahead and ahead. What is refused changes nothing. An engine that an error stopped
+        works again."""
         for name in changes:
             good = name in ("schedule", "residency", "mode", "max_wait", "lookahead", "ahead")
             require(good, f"{name}: cannot change while the programs stay; make another Engine")
@@ -210,8 +214,10 @@ class Engine:
                 self.cancel(number)
             while self._flying:
                 self._land()
-        else:
-            self._news.clear()
+        else:  # pages and plan are not to be trusted, texts are
+            for request, asked in self._of.items():
+                last = Update(asked.id, request.choice, asked.open[request].finish(), ())
+                self._news.append(dataclasses.replace(last, reason="cancelled", usage=self._usage(request, 0)))
         for left in (self._asked, self._of, self._flying):
             left.clear()
         self.parts.stop()
@@ -356,19 +362,22 @@ class Engine:
 
     def _end(self, request: Request, reason: Reason, update: Update) -> None:
         """The request ends with this news."""
-        asked, now = self._of.pop(request), self.clock()
+        asked = self._of.pop(request)
         del asked.open[request]
         if request in asked.later:
             asked.later.remove(request)
         if not asked.open:
             del self._asked[asked.id]
-        cached = self.parts.leave(request, reason)
-        taken = collections.Counter(request.experts[: request.computed])
-        first = None if request.first_token is None else request.first_token - request.arrival
-        usage = Usage(
-            len(request.prompt), request.generated, cached, dict(taken), request.preempted, first,
-            now - request.arrival,
-        )  # fmt: skip
+        usage = self._usage(request, self.parts.leave(request, reason))
         self._news.append(dataclasses.replace(update, reason=reason, usage=usage))
         if self.recorder is not None:
             self.recorder.ended(request)
+
+    def _usage(self, request: Request, cached: int) -> Usage:
+        """What a request took that ends now; cached: tokens of its prompt that were known."""
+        taken = collections.Counter(request.experts[: request.computed])
+        first = None if request.first_token is None else request.first_token - request.arrival
+        return Usage(
+            len(request.prompt), request.generated, cached, dict(taken), request.preempted, first,
+            self.clock() - request.arrival,
+        )  # fmt: skip

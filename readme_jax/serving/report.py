@@ -19,8 +19,8 @@ LATENCIES = ("ttft", "tpot", "itl", "e2el")
 class Served:
     """One request that has ended. Times in seconds of one clock; tokens: when each token of the output was there.
 
-    passed_over: batches that were formed while the request could have run and did not, the most in a row. reordered:
-    requests that came later and had their first token earlier. preempted: times its pages were dropped.
+    passed_over: batches that were formed while the request could have run and did not, over its whole life (the bound
+    of `max_wait` is on those between two turns). preempted: times its pages were dropped.
     """
 
     arrival: float
@@ -146,7 +146,7 @@ def step_figures(steps: Sequence[Step]) -> dict:
 
     hit_ratio by page: pages read that were there when the batch was committed. token_hit_ratio: tokens and layers whose
     expert was there whole. byte_hit_ratio: by bytes of pages as wide as they are, the same as by page while pages are
-    equal. Bytes a generated token count every decode and last prefill token as one that was generated.
+    equal.
     """
     if not steps:
         return {"steps": 0}
@@ -192,7 +192,8 @@ def figures(
     goal: dict[str, float] | None = None,
     least_loads: int | None = None,
 ) -> dict:
-    """All figures of a run. least_loads: page loads of the offline optimum on the executed order, where computed."""
+    """All figures of a run. least_loads: page loads of the offline optimum on the executed order, where computed. Bytes
+    a generated token: of all steps, over the output of the requests that were not cancelled."""
     out = request_figures(requests, duration, goal) | step_figures(steps)
     if steps:
         out["bytes_per_generated_token"] = _ratio(out["bytes_moved"], out["total_output_tokens"])

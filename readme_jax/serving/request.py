@@ -3,7 +3,8 @@
 import dataclasses
 import itertools
 import math
-from typing import Literal
+from collections.abc import Iterable
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,10 +22,10 @@ class SamplingParams(Sampling):
     Beside `generation.Sampling`: min_p: keep tokens with at least this share of the best one's probability (0: all).
     repetition_penalty: divides positive and multiplies negative logits of tokens seen in prompt or output (1: off, as
     transformers). presence_penalty, frequency_penalty: taken off the logit of a token of the output, once and per
-    occurrence (0: off, as OpenAI). stop: strings that end the text; they are not part of it. stop_tokens: ids that end
-    it beside the model's own. ignore_eos: only length and `stop` end it. logprobs: log-probabilities of the chosen
-    token and of this many best ones (None: none). n: independent continuations; choice i of seed s draws what a request
-    of its own would draw.
+    occurrence (0: off, as OpenAI). stop: strings (or one) that end the text; they are not part of it. stop_tokens: ids
+    (or one) that end it beside the model's own. ignore_eos: only length and `stop` end it. logprobs: log-probabilities
+    of the chosen token and of this many best ones (None: none). n: independent continuations; choice i of seed s draws
+    what a request of its own would draw.
     """
 
     min_p: float = 0.0
@@ -38,18 +39,23 @@ class SamplingParams(Sampling):
     n: int = 1
 
     def __post_init__(self):
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        require(all(isinstance(s, str) and s for s in stop), "stop must be texts that are not empty")
+        given: Any = self.stop
+        stop = _several(given, str)
+        good = stop is not None and all(isinstance(s, str) and s for s in stop)
+        require(good, f"stop={given!r} must be texts that are not empty")
         object.__setattr__(self, "stop", stop)
-        tokens = tuple(self.stop_tokens)
-        require(all(isinstance(t, int | np.integer) for t in tokens), "stop_tokens must be token ids")
+        tokens = _several(self.stop_tokens, int | np.integer)
+        good = tokens is not None and all(isinstance(t, int | np.integer) for t in tokens)
+        require(good, f"stop_tokens={self.stop_tokens!r} must be token ids")
+        assert tokens is not None
         object.__setattr__(self, "stop_tokens", tuple(map(int, tokens)))
         for name in ("min_p", "repetition_penalty", "presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
             good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             require(good, f"{name}={value!r} must be a finite number")
         require(0 <= self.min_p <= 1, f"min_p={self.min_p} must be in [0, 1]")
-        require(self.repetition_penalty > 0, f"repetition_penalty={self.repetition_penalty} must be positive")
+        fits = 1e-3 <= self.repetition_penalty <= 1e3  # logits stay finite in float32
+        require(fits, f"repetition_penalty={self.repetition_penalty} must be in [0.001, 1000]")
         for name in ("presence_penalty", "frequency_penalty"):
             require(-2 <= getattr(self, name) <= 2, f"{name}={getattr(self, name)} must be in [-2, 2]")
         require(isinstance(self.ignore_eos, bool), f"ignore_eos={self.ignore_eos!r} must be true or false")
@@ -57,6 +63,13 @@ class SamplingParams(Sampling):
         require(good, f"logprobs={self.logprobs!r} must be None or in 0..20")
         require(type(self.n) is int and 1 <= self.n <= 64, f"n={self.n!r} must be in 1..64")
         _check_numbers(self)
+
+
+def _several(values: Any, kind: Any) -> tuple | None:
+    """One of a kind, none or several, as a tuple; None for what is none of these."""
+    if values is None or isinstance(values, kind):
+        return () if values is None else (values,)
+    return tuple(values) if isinstance(values, Iterable) else None
 
 
 def _check_numbers(params: SamplingParams) -> None:

@@ -19,7 +19,7 @@ Policy = Literal["lookahead", "lru", "lfu", "random"]
 POLICIES: tuple[Policy, ...] = ("lookahead", "lru", "lfu", "random")
 MODES: tuple[Mode, ...] = ("layer", "column")
 FAR = 1 << 30  # steps: no announced step needs it
-HALF_LIFE = 128  # steps after which a read counts half in what lookahead goes by where the queue says nothing
+HALF_LIFE = 32  # steps after which a read counts half in what lookahead goes by where the queue says nothing
 NO_IDS, NO_PASSES = np.zeros(0, np.int32), np.zeros(0, np.int64)
 NO_LOADS = (NO_IDS, NO_IDS, NO_IDS, NO_PASSES)
 

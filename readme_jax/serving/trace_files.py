@@ -28,11 +28,14 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as Python m
 BURSTGPT = ("Timestamp", "Request tokens", "Response tokens")
 
 
-def read_trace(path: str | Path, encode: Encode | None = None, kind: Kind | None = None) -> list[TraceRequest]:
+def read_trace(
+    path: str | Path, encode: Encode | None = None, kind: Kind | None = None, vocab: int | None = None
+) -> list[TraceRequest]:
     """The requests of a file, by arrival, the first at 0 s.
 
     kind: of the file; else told from its name and first line. encode: text -> token ids, for files that hold texts.
-    Requests with an output of 0 tokens failed when the trace was taken and are left out. ShareGPT has no times: all
+    vocab: token ids that the model has. Rows of a CSV with an output of 0 tokens failed when the trace was taken and
+    are left out. ShareGPT has no times: all
     arrive at 0 s (`traces.arriving`). DataError, with file and line, for what is broken or empty.
     """
     path = Path(path)
@@ -42,7 +45,7 @@ def read_trace(path: str | Path, encode: Encode | None = None, kind: Kind | None
     if kind == "sharegpt":
         trace = list(_sharegpt(path, encode))
     elif kind == "jsonl":
-        trace = [_own(row, f"{path}:{line}", encode) for line, row in _lines(path)]
+        trace = [_own(row, f"{path}:{line}", encode, vocab) for line, row in _lines(path)]
     else:
         trace = list(_csv(path, AZURE if kind == "azure" else BURSTGPT))
     require(bool(trace), f"{path}: no request in it", DataError)
@@ -141,13 +144,20 @@ def _lines(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             if text.strip():
                 try:
                     row = json.loads(text)
-                except json.JSONDecodeError as error:
-                    raise DataError(f"{path}:{line}: not JSON: {error.msg}") from None
+                except (ValueError, RecursionError) as error:
+                    raise DataError(f"{path}:{line}: not JSON: {getattr(error, 'msg', error)}") from None
                 require(isinstance(row, dict), f"{path}:{line}: not a JSON object", DataError)
                 yield line, row
 
 
-def _own(row: Mapping[str, Any], where: str, encode: Encode | None) -> TraceRequest:
+def _arrival(value: float, where: str) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        raise DataError(f"{where}: arrival={_short(value)} is too large") from None
+
+
+def _own(row: Mapping[str, Any], where: str, encode: Encode | None, vocab: int | None) -> TraceRequest:
     known = {"arrival", "prompt_tokens", "output_tokens", "prompt", "session", "domain"}
     unknown = sorted(set(row) - known)
     require(not unknown, f"{where}: unknown {', '.join(unknown)}; known are {', '.join(sorted(known))}", DataError)
@@ -159,6 +169,9 @@ def _own(row: Mapping[str, Any], where: str, encode: Encode | None) -> TraceRequ
     if prompt is not None:
         good = isinstance(prompt, list) and all(type(token) is int and token >= 0 for token in prompt)
         require(good, f"{where}: prompt={_short(prompt)} must be a text or a list of token ids", DataError)
+        highest = max(prompt, default=0)
+        fits = vocab is None or highest < vocab
+        require(fits, f"{where}: token id {_short(highest)} is outside the vocabulary of {vocab}", DataError)
         count = _whole(row.get("prompt_tokens", len(prompt)), where, "prompt_tokens")
     else:
         count = _whole(row.get("prompt_tokens"), where, "prompt_tokens")
@@ -166,7 +179,7 @@ def _own(row: Mapping[str, Any], where: str, encode: Encode | None) -> TraceRequ
     require(session is None or type(session) is int, f"{where}: session={_short(session)} must be a number", DataError)
     require(domain is None or isinstance(domain, str), f"{where}: domain={_short(domain)} must be a name", DataError)
     assert arrival is not None
-    return _request(where, float(arrival), count, output, prompt=prompt, session=session, domain=domain)
+    return _request(where, _arrival(arrival, where), count, output, prompt=prompt, session=session, domain=domain)
 
 
 def _encoded(text: str, where: str, encode: Encode | None) -> list[int]:
@@ -185,6 +198,8 @@ def _sharegpt(path: Path, encode: Encode | None) -> Iterator[TraceRequest]:
             conversations = json.loads("".join(_checked(file, path)))
         except json.JSONDecodeError as error:
             raise DataError(f"{path}:{error.lineno}: not JSON: {error.msg}") from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}: not JSON: {error}") from None
     require(isinstance(conversations, list), f"{path}:1: not a list of conversations (ShareGPT)", DataError)
     for number, conversation in enumerate(conversations, 1):
         where = f"{path}: conversation {number}"
@@ -247,7 +262,7 @@ def read_routing(path: str | Path) -> tuple[int, list[RoutedRequest]]:
         good = type(arrival) in (int, float) and 0 <= arrival < float("inf")
         require(good, f"{where}: arrival={_short(arrival)} must be a time of 0 s or later", DataError)
         lists = (_experts(row.get(name), experts, where, name) for name in ("prompt", "output"))
-        requests.append(RoutedRequest(float(arrival), *lists))
+        requests.append(RoutedRequest(_arrival(arrival, where), *lists))
     require(bool(requests), f"{path}: no request in it", DataError)
     return experts, sorted(requests, key=lambda request: request.arrival)
 

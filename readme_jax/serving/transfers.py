@@ -110,7 +110,8 @@ class Transfers:
 
     sizes: numbers of pages of a staging buffer, ascending: a load is sent in the smallest that holds it, padded, so
     that the program that writes it into the pool has few shapes. ahead: buffers that may wait on the device to be
-    taken, at most; beside the expert budget they take ahead * sizes[-1] * page_bytes there. sent: a list that gets
+    taken, at most; beside the expert budget they take ahead * sizes[-1] * page_bytes there, and what was taken stays
+    until the call that writes it into the pool has run, which the host does not wait for. sent: a list that gets
     every transfer.
 
     An error of the thread is raised by the next `issue` or `take`. Close it, or use it as a context.
