@@ -92,8 +92,8 @@ class Recipe:
         require(self.rounds >= 1, f"rounds={self.rounds} must be at least 1")
         learned = self.masks is not None and self.router is not None
         require(self.retune or learned, "retune=false has no meaning without masks and router")
-        cut = (self.experts or {}).get("cut", 1)
-        require(isinstance(cut, int) and cut >= 1, f"experts.cut={cut!r} must be a whole number of at least 1")
+        whole = isinstance(self.cut, int) and self.cut >= 1
+        require(whole, f"experts.cut={self.cut!r} must be a whole number of at least 1")
         if self.masks is not None:
             share = self.masks.get("share", 1.0)
             require(isinstance(share, int | float), f"masks.share={share!r} must be a number")
@@ -101,6 +101,11 @@ class Recipe:
                 require(share == 1, f"masks.share={share}: without experts all tokens are for masks")
             else:
                 require(0 < share < 1, f"masks.share={share} must be above 0 and below 1: the rest tunes experts")
+
+    @property
+    def cut(self) -> int:
+        """Rows that a record is cut into where experts are tuned."""
+        return (self.experts or {}).get("cut", 1)
 
     @property
     def tuned(self) -> bool:
@@ -243,8 +248,7 @@ def split_steps(recipe: Recipe, tokens: int, seq: int) -> tuple[int, int]:
             require(masks > 0, f"masks.share={recipe.masks.get('share')}: no step of {records} records")
     left = records - masks * size(recipe.masks)
     require(recipe.experts is None or left > 0, f"masks.share={(recipe.masks or {}).get('share')}: no step is left")
-    parts = (recipe.experts or {}).get("cut", 1)
-    left, row = left * parts, seq // parts
+    left, row = left * recipe.cut, seq // recipe.cut
     whole = left % step == 0 if recipe.experts is not None else left == 0
     asked = f"{recipe.rounds} rounds of steps of {size(recipe.experts)}" if recipe.experts is not None else "mask steps"
     require(whole, f"tokens={tokens}: {left} rows of {row} tokens do not divide into {asked}")
@@ -265,8 +269,8 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
         options = tune | {"rounds": rounds, "router": router or NONE, "experts": experts or NONE}
         stages.append(make_stage(out, "alternate", options, {"model": stages[-1], "data": "data"}, where))
 
-    parts = (recipe.experts or {}).get("cut", 1)
-    require(config.data.seq % parts == 0, f"{where}: experts.cut={parts} does not divide data.seq={config.data.seq}")
+    whole = config.data.seq % recipe.cut == 0
+    require(whole, f"{where}: experts.cut={recipe.cut} does not divide data.seq={config.data.seq}")
     try:
         masks, experts = split_steps(recipe, tokens, config.data.seq) if tokens else (0, 0)
     except ConfigError as error:

@@ -189,9 +189,9 @@ class Residency:
             self.accesses += [items_N[start:stop] for start, stop in zip(groups, groups[1:])]
         slots_N = self.slot_of[items_N]
         ago_N = step - self._last_step[items_N]
-        self._uses[items_N] = 1 + self._uses[items_N] * np.exp2(ago_N / -HALF_LIFE)
         self._last_step[items_N] = step
         if self._order is None:
+            self._uses[items_N] = 1 + self._uses[items_N] * np.exp2(ago_N / -HALF_LIFE)
             found = self._farthest(items_N, slots_N, pass_N, groups, future)
         else:
             found = self._ordered(self._order, items_N, pass_N, groups)
