@@ -15,7 +15,7 @@ import numpy as np
 from readme_jax import artifacts, distributed, hf, placement
 from readme_jax.checkpoint import CheckpointConfig
 from readme_jax.config import ExpertConfig, ModelConfig, RouterConfig, free, require, to_dict
-from readme_jax.data import Records
+from readme_jax.data import Records, open_records
 from readme_jax.distributed import HostsConfig
 from readme_jax.labels import LabelConfig
 from readme_jax.loop import ProfileConfig
@@ -83,8 +83,8 @@ class ExpertPhase:
     ce_weight: float = 0.0
     """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
     refit: int = 0
-    """Before the first step, w_down is solved in closed form on the batches of this many steps (`refit.py`); they are
-    the first ones that will be trained on, or all of them if they are fewer: no other text is seen. 0: it is not."""
+    """Before the first step, w_down is solved in closed form (`refit.py`) on this many batches of calibration records:
+    of text that is then trained on, little would be left to learn. 0: it is not."""
     tuned: Tuned = "all"
     """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
     way: Way = "masked"
@@ -190,15 +190,10 @@ class AlternateConfig:
             "float32" if "float32" in (experts.optim.params, experts.teacher_dtype if asked else None) else "bfloat16"
         )
 
-    @property
-    def refit_steps(self) -> int:
-        """Expert steps on whose batches w_down is solved: `experts.refit`, or all steps where they are fewer."""
-        return min(self.experts.refit, self.experts.steps * self.rounds or self.experts.refit)
-
-    def refits(self, tick: int) -> int:
-        """`refit_steps` in front of the global step that is the experts' first or, without any, at the end; else 0."""
-        first = self.router.steps if self.experts.steps else self.total
-        return self.refit_steps if tick == first else 0
+    def refits(self, tick: int) -> bool:
+        """True in front of the global step that `experts.refit` comes before: the experts' first or, without any, at
+        the end."""
+        return self.experts.refit > 0 and tick == (self.router.steps if self.experts.steps else self.total)
 
     @property
     def total(self) -> int:
@@ -264,14 +259,21 @@ def _reads(phase: RouterPhase | ExpertPhase) -> bool:
     return phase.steps > 0 or (isinstance(phase, ExpertPhase) and phase.refit > 0)
 
 
-def records_of(config: AlternateConfig, records: dict[str, Records]) -> dict[str, dict[str, Records]]:
-    """The rows of each phase, by its name. ConfigError where they cannot be cut or a step takes too many."""
+def records_of(config: AlternateConfig, vocab: int) -> dict[str, dict[str, Records]]:
+    """The rows of each phase, by its name, and of `refit`. ConfigError where they cannot be cut or are too few,
+    DataError where there are none."""
+    records = open_records(config.data, "train", vocab)
     pools = {"router": first_records(records, config.router.records)}
     pools["experts"] = {name: own.cut(config.experts.cut) for name, own in records.items()}
     for name, phase in (("router", config.router), ("experts", config.experts)):
         there = sum(map(len, pools[name].values()))
         fits = not _reads(phase) or phase.batch * phase.accum <= there
         require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} rows")
+    if phase.refit:
+        records = open_records(config.data, "calibration", vocab)
+        pools["refit"] = {name: own.cut(phase.cut) for name, own in records.items()}
+        there, asked = sum(map(len, pools["refit"].values())), phase.refit * phase.batch * phase.accum
+        require(asked <= there, f"experts.refit={phase.refit}: {asked} rows, calibration has only {there}")
     return pools
 
 

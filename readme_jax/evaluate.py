@@ -32,14 +32,17 @@ class EvaluateConfig:
     """Folder to write evaluation.json to."""
     arms: tuple[Arm, ...] = ("dense", "routed")
     """`dense`: all channels. `own_domain`: every token takes the expert named like its domain. `routed`: the router's
-    choice (expert 0 of a model with one expert). What kept energy would choose, labelled in a run of the same weights
-    with all channels (tuned weights may no longer be a model so): `oracle` gives a token the expert that keeps most in
-    the mean over layers, `oracle_layers` that which keeps most in each layer. No bound: masks may serve the loss."""
+    choice (expert 0 of a model with one expert). What kept energy would choose, labelled in a run with all channels:
+    `oracle` gives a token the expert that keeps most in the mean over layers, `oracle_layers` that which keeps most in
+    each layer. No bound: masks may serve the loss."""
     router: Path | None = None
     """Take the router of this folder instead of the model's own; its experts must be the same."""
     agreement: bool = False
     """With the arms `dense` and `routed`: also label every token in the dense run, and report how often the router
     agrees."""
+    labeller: Path | None = None
+    """Label tokens in a run of this folder with all channels, not of the model itself: for tuned weights, which may no
+    longer be a model so, the carved model they began as. Its experts must be the same."""
     labels: LabelConfig = LabelConfig()
     """What the label of a token is, for `agreement` and the oracles."""
     batch: int = 1
@@ -56,6 +59,8 @@ class EvaluateConfig:
         )
         unasked = "labels: have no meaning without agreement=true or an oracle's arm"
         require(self.labelled or self.labels == LabelConfig(), unasked)
+        named = self.labeller is None or self.labelled
+        require(named, "labeller: has no meaning without agreement=true or an oracle's arm")
         require(self.router is None or "routed" in self.arms, "router: has no meaning without the arm routed")
         require(self.batch >= 1, f"batch={self.batch} must be at least 1")
 

@@ -160,7 +160,7 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
         needs = _known[key]
         batch = _bytes(step.arguments[step.held :])
         found[name] = Memory(*held[step.before], needs.heap - needs.weights, batch + needs.weights)
-    if run.config.refit_steps:
+    if run.config.experts.refit:
         found["refit"] = _refit_memory(run, *held[False])
     return found
 
@@ -168,7 +168,7 @@ def memory(run: Run, platform: str) -> dict[str, Memory]:
 def _refit_memory(run: Run, weights: int, optimizer: int) -> Memory:
     """Of `refit`, what lasts over its layers: two residual streams of all records, sums and factor, w_down twice."""
     cfg, phase = run.model, run.config.experts
-    tokens = run.config.refit_steps * phase.batch * phase.accum * run.row // batch_devices()
+    tokens = phase.refit * phase.batch * phase.accum * run.row // batch_devices()
     down = _bytes(abstract.parameters(run, phase.optim.params)["layers"]["w_down"])
     used = run.used or cfg.mlp
     return Memory(weights + 2 * down, optimizer, 8 * tokens * cfg.embed, 8 * used * (used + cfg.embed))
@@ -191,8 +191,8 @@ def work(run: Run, records: int = 0) -> Work:
         tokens[name] = config.rounds * phase.steps * phase.batch * phase.accum * seq
         each = flops.train_flops_per_token(cfg, experts, phase, seq, router=run.router, used=run.used or None)
         needed[name] = tokens[name] * each
-    if config.refit_steps:
-        tokens["refit"] = config.refit_steps * config.experts.batch * config.experts.accum * run.row
+    if config.experts.refit:
+        tokens["refit"] = config.experts.refit * config.experts.batch * config.experts.accum * run.row
         needed["refit"] = tokens["refit"] * flops.refit_flops(cfg, run.row, run.used or cfg.mlp)
     asked = {}  # before the loop, each record once
     if config.labelled:

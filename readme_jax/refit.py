@@ -137,7 +137,7 @@ def refit_phase(
     route: Callable | None,
     router: Params | None,
 ) -> Phase:
-    """The expert phase at its start with w_down solved on the batches of its first `steps` steps.
+    """The expert phase at its start with w_down solved on the first `steps` batches.
 
     route(router, ids_ABT, segments_ABT) -> int32 experts [A, B, T]; None: there is one expert.
     """

@@ -35,6 +35,7 @@ TEXT = DataConfig(
 )
 ALWAYS = ("static", "paper")
 DRAWS = 2000
+REFIT = ("batch", "accum", "cut", "refit", "optim", "tuned")  # what a closed form without steps takes of a phase
 FEW = 8  # records of a domain below which it has no interval of its own
 CONFIGS = {
     "calibrate": CalibrateConfig,
@@ -68,7 +69,8 @@ class Recipe:
     before the experts are tuned."""
     experts: dict[str, Any] | None = None
     """Options of the expert phase of `alternate`, without its steps; none: weights stay as they are, and `masks` has
-    all tokens. Without either there is nothing to tune: the recipe is run untuned only."""
+    all tokens. Without either there is nothing to tune: the recipe is run untuned only. `refit` is of calibration text:
+    the untuned recipe has it too."""
     retune: bool = True
     """Tune the router again on the labels of learned masks; false: it stays the one they were learned with."""
     rounds: int = 1
@@ -137,8 +139,8 @@ class StudyConfig:
     finalists: tuple[str, ...] = ()
     """Recipes that run with every seed."""
     bounds: tuple[str, ...] = ()
-    """Arms of `evaluate` beside the router's, `oracle` and `oracle_layers`: for routed recipes whose weights are not
-    tuned, as they ask the same weights with all channels."""
+    """Arms of `evaluate` beside the router's, `oracle` and `oracle_layers`, for routed recipes. Run last of all; tokens
+    are labelled by the weights before they were tuned."""
 
     def __post_init__(self):
         seq, names = self.data.seq, [path.stem for path in self.recipes]
@@ -211,6 +213,11 @@ class Stage:
         """Where its result is."""
         return self.config.out
 
+    @property
+    def finished(self) -> bool:
+        """True when its result is there."""
+        return (self.folder / artifacts.MANIFEST).is_file()
+
 
 def make_stage(
     out: Path, program: str, options: dict[str, Any], parents: Mapping[str, Stage | str], where: str
@@ -276,6 +283,8 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from None
     tuned = {**(recipe.experts or {}), "steps": experts} if experts else None
+    if not experts and (recipe.experts or {}).get("refit"):  # calibration text alone: tuned tokens are none
+        tuned = {key: value for key, value in (recipe.experts or {}).items() if key in REFIT} | {"steps": 0}
     # Labels are the dense model's: in one round the untuned recipe's router is the one to go on with.
     first = recipe.router is not None and (masks > 0 or experts == 0 or recipe.rounds == 1)
     if first:
@@ -290,32 +299,43 @@ def chain(config: StudyConfig, name: str, recipe: Recipe, tokens: int, seed: int
     return stages
 
 
-def evaluations(config: StudyConfig, model: Stage | str, *, bounds: bool = False) -> dict[str, Stage]:
-    """The evaluations of a model (`dense` by its folder's name): `test`, with the bounds where they are asked for, and
-    `unseen` where there are such domains."""
-    arm = "dense" if isinstance(model, str) else "routed"
-    data = {"test": ("data", [arm, *(config.bounds if bounds else ())])}
-    data |= {"unseen": ("unseen", [arm])} if config.unseen else {}
+def evaluations(config: StudyConfig, model: Stage | str) -> dict[str, Stage]:
+    """The evaluations of a model (`dense` by its folder's name): `test`, and `unseen` where there are such domains."""
+    options = {"arms": ["dense" if isinstance(model, str) else "routed"], **ONE}
+    folders = {"test": "data"} | ({"unseen": "unseen"} if config.unseen else {})
     return {
-        name: make_stage(config.out, "evaluate", {"arms": arms, **ONE}, {"model": model, "data": folder}, "bounds")
-        for name, (folder, arms) in data.items()
+        name: make_stage(config.out, "evaluate", options, {"model": model, "data": folder}, name)
+        for name, folder in folders.items()
     }
+
+
+def bounds(config: StudyConfig, recipe: Recipe, stages: list[Stage]) -> Stage | None:
+    """The evaluation of what an oracle would choose for the last of a chain's stages; None where nobody asks, or where
+    there is no choice. Labels are of a run with all channels, which half of them were not tuned for: where the last
+    stage tuned experts, the one before it is asked."""
+    if not config.bounds or recipe.router is None:
+        return None
+    model = stages[-1]
+    tuned = model.program == "alternate" and model.config.experts.steps + model.config.experts.refit > 0
+    parents: dict[str, Stage | str] = {"model": model, "data": "data"} | ({"labeller": stages[-2]} if tuned else {})
+    return make_stage(config.out, "evaluate", {"arms": list(config.bounds), **ONE}, parents, "bounds")
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One recipe with a number of tuned tokens and a seed: its chain of stages, and its evaluations."""
+    """One recipe with a number of tuned tokens and a seed: its chain of stages, its evaluations, and the bounds'."""
 
     recipe: str
     tokens: int
     seed: int
     stages: list[Stage]
     evaluations: dict[str, Stage]
+    bounds: Stage | None = None
 
     @property
     def finished(self) -> bool:
-        """True when all evaluations are there."""
-        return all((stage.folder / artifacts.MANIFEST).is_file() for stage in self.evaluations.values())
+        """True when all evaluations are there; the bounds may still be missing."""
+        return all(stage.finished for stage in self.evaluations.values())
 
 
 def plan(config: StudyConfig, recipes: dict[str, Recipe]) -> list[Job]:
@@ -330,9 +350,8 @@ def plan(config: StudyConfig, recipes: dict[str, Recipe]) -> list[Job]:
             if extra or (count and not recipe.tuned):
                 continue
             stages = chain(config, name, recipe, count, seed)
-            # labels are of a run with all channels: after tuning for half of them that is no model any more
-            bounds = recipe.router is not None and (count == 0 or recipe.experts is None)
-            found.append(Job(name, count, seed, stages, evaluations(config, stages[-1], bounds=bounds)))
+            asked = bounds(config, recipe, stages)
+            found.append(Job(name, count, seed, stages, evaluations(config, stages[-1]), asked))
     return found
 
 

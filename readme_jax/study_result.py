@@ -65,7 +65,7 @@ def collect(config: StudyConfig, recipes: dict[str, Recipe], jobs: list[Job], de
 
 def figures(job: Job, dense: dict[str, Rows], static: Job | None) -> dict[str, Any]:
     """Losses and routing of one job. `regret`: its loss over that with the choice an oracle takes for each token,
-    `choice_cost`: what one choice for all layers costs the oracle; both where `bounds` asks for these arms."""
+    `choice_cost`: what one choice for all layers costs the oracle; both where `bounds` asked for these arms and ran."""
     entry: dict[str, Any] = {}
     for name, stage in job.evaluations.items():
         rows = read_rows(stage)
@@ -75,10 +75,11 @@ def figures(job: Job, dense: dict[str, Rows], static: Job | None) -> dict[str, A
             entry["unseen"] = own
             continue
         entry |= own
-        if "oracle" in rows:
-            entry["regret"] = difference(rows["routed"], rows["oracle"])["mean"]
-        if "oracle" in rows and "oracle_layers" in rows:
-            entry["choice_cost"] = difference(rows["oracle"], rows["oracle_layers"])["mean"]
+        bound = read_rows(job.bounds) if job.bounds is not None and job.bounds.finished else {}
+        if "oracle" in bound:
+            entry["regret"] = difference(rows["routed"], bound["oracle"])["mean"]
+        if "oracle" in bound and "oracle_layers" in bound:
+            entry["choice_cost"] = difference(bound["oracle"], bound["oracle_layers"])["mean"]
         routing = json.loads((stage.folder / "evaluation.json").read_text())["routing"]
         entry |= {key: (routing or ONE_EXPERT)[key] for key in ONE_EXPERT} | ({} if routing else NO_REGRET)
     return entry
@@ -143,9 +144,9 @@ def stage_cost(out: Path, stage: Stage, cfg: ModelConfig, seq: int) -> tuple[dic
     }
     spent = {**ran, "labels": labelled(out, stage, seq)}
     work = sum(ran[name] * own[name] for name in own) + spent["labels"] * flops.label_flops(cfg, experts.experts, seq)
-    if stage.config.refit_steps:
-        phase = stage.config.experts
-        work += stage.config.refit_steps * phase.batch * phase.accum * row * flops.refit_flops(cfg, row, used)
+    if (phase := stage.config.experts).refit:
+        spent["calibration"] = phase.refit * phase.batch * phase.accum * row
+        work += spent["calibration"] * flops.refit_flops(cfg, row, used)
     if stage.config.experts.teacher_topk and ran["experts"]:  # asked once, before training
         work += ran["experts"] * (flops.layers(cfg, row, cfg.mlp).total + flops.head_flops(cfg))
     return spent, work

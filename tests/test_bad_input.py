@@ -396,6 +396,9 @@ def test_evaluate(stages, refused, tmp_path):
     evaluate(["arm oracle", "one choice for every token"], stages.static, "--arms", "oracle")
     evaluate(["a dense model has only the arm dense"], stages.dense, "--arms", "oracle_layers")
     evaluate(["agreement=true needs the arms dense and routed"], stages.tuned, "--agreement", "--arms", "dense")
+    evaluate(["labeller: has no meaning without"], stages.tuned, "--labeller", str(stages.carved))
+    asked = ["--arms", "oracle", "--labeller"]
+    evaluate([f"labeller={stages.static}", "its shapes or experts differ"], stages.tuned, *asked, str(stages.static))
     separate = tmp_path / "separate"
     carving.to_separate(stages.tuned, separate)
     evaluate(["arm dense: separate storage has no dense form"], separate)

@@ -87,3 +87,26 @@ def test_oracles_against_numpy(stages, tmp_path, one_device):
     np.testing.assert_allclose(result["oracle"]["load"], hit / hit.sum(), atol=1e-9)
     assert result["oracle"]["agreement"] == 1 and 0 <= result["routing"]["agreement"] <= 1
     assert result["mean_loss"]["oracle"] != result["mean_loss"]["oracle_layers"]
+
+
+def test_a_labeller_says_what_tuned_weights_cannot(stages, tmp_path, one_device):
+    """The oracles' choice is of another folder's run with all channels, their loss of the model's own weights."""
+    argv = ["--model", str(stages.tuned), "--data", str(stages.data), "--arms", "dense", "routed", "oracle", *ONE]
+    evaluate.main([*argv, "--labeller", str(stages.carved), "--agreement", "--out", str(tmp_path / "e")])
+    result = json.loads((tmp_path / "e/evaluation.json").read_text())
+    cfg, _, _ = hf.read_config(stages.tuned)
+    carved, table_LEC, _ = hf.load_params(stages.carved)
+    tuned, own_LEC, _ = hf.load_params(stages.tuned)
+    assert table_LEC is not None and own_LEC is not None and np.array_equal(table_LEC, own_LEC)
+    carved, tuned = (jax.tree.map(jnp.asarray, params) for params in (carved, tuned))
+    table, label, loss = make_table(table_LEC, cfg.mlp), make_losses(cfg, LabelConfig()), make_losses(cfg)
+    other = 0
+    for name, own in open_records(stages.data, "test").items():
+        ids_BT, segments_BT = np.array(own.ids), np.array(own.segments)
+        best_BT = label(carved, table, ids_BT, segments_BT, None)[2]["oracle"]
+        other += int((best_BT != label(tuned, table, ids_BT, segments_BT, None)[2]["oracle"]).sum())
+        for arm, route in (("oracle", Masked(best_BT)), ("dense", None)):
+            loss_B, _, _ = loss(tuned, table, ids_BT, segments_BT, route)
+            np.testing.assert_allclose(result["records"][arm][name]["loss"], loss_B, rtol=1e-5)
+    assert other > 0, "tuned weights would have said something else"
+    assert result["oracle"]["agreement"] == 1 and 0 <= result["routing"]["agreement"] <= 1

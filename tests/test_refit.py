@@ -108,12 +108,19 @@ def test_the_first_layer_by_hand_and_the_others_follow(stages, mesh, name):
     assert after < 0.8 * before, (before, after)
 
 
-def test_the_program_starts_from_it(stages, tmp_path):
+def test_the_program_starts_from_it(stages, tmp_path, monkeypatch):
+    seen, solve = [], refit.refit
+    monkeypatch.setattr(
+        refit, "refit", lambda *some: seen.extend(np.asarray(r["ids"]) for r in some[-1]) or solve(*some)
+    )
     stages.alternate(tmp_path / "plain", rounds=1)
-    stages.alternate(tmp_path / "refit", rounds=1, experts__refit=3)
+    stages.alternate(tmp_path / "refit", rounds=1, experts__refit=15)
     lines = {name: read_metrics(tmp_path / name / "metrics.jsonl") for name in ("plain", "refit")}
     plain, solved = (next(line["experts/loss"] for line in own if "experts/loss" in line) for own in lines.values())
-    assert solved < 0.95 * plain
+    assert solved < 0.98 * plain
+    there = np.concatenate([own.ids for own in open_records(stages.data, "calibration").values()])
+    assert {row.tobytes() for ids in seen for row in ids} <= {row.tobytes() for row in there.astype(np.int32)}
+    assert len(seen) == len({ids.tobytes() for ids in seen}) == 15, "batches of two, each record once"
     only = stages.alternate(tmp_path / "only", model=stages.static, experts__refit=3, **NONE)
     with use_mesh(MeshConfig(data=1)):
         cfg, _, _ = hf.read_config(only)
@@ -153,6 +160,7 @@ def test_bad_options(stages, tmp_path):
         ({"experts__refit": -1}, "refit=-1 must not be negative"),
         (NONE, "router.steps, experts.steps and experts.refit are all 0"),
         ({**apart, "experts__refit": 1, **NONE}, "experts.refit needs the dense model"),
+        ({"experts__refit": 16}, "experts.refit=16: 32 rows, calibration has only 30"),
     ):
         with pytest.raises(ConfigError, match=says):
             stages.alternate(tmp_path / "out", **changes)

@@ -119,7 +119,9 @@ def test_chains(tmp_path, stages):
     assert names("frozen", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 3, 0)]
     assert names("both", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 3, 6)]
     assert names("kept", TOKENS) == ["carve", ("alternate", 3, 0), "masks", ("alternate", 0, 6)]
-    assert by["kept", TOKENS][-1].config.refit_steps == 2 and by["kept", TOKENS][3].key == by["both", TOKENS][3].key
+    assert by["kept", TOKENS][-1].config.experts.refit == 2 and by["kept", TOKENS][3].key == by["both", TOKENS][3].key
+    assert names("kept", 0) == ["carve", ("alternate", 3, 0), ("alternate", 0, 0)], "calibration text is not tuned on"
+    assert by["kept", 0][-1].config.experts.refit == 2
     for (recipe, count), chain in by.items():
         for before, after in zip(chain, chain[1:]):
             last = after.config.statistics if after.program == "carve" else after.config.model
@@ -278,22 +280,24 @@ def evaluated(folder, routing, **arms):
     folder.mkdir()
     records = {arm: rows([loss_N]) for arm, loss_N in arms.items()}
     (folder / "evaluation.json").write_text(json.dumps({"records": records, "routing": routing}))
+    (folder / "manifest.json").write_text("{}")
     return study.Stage("evaluate", folder.name, SimpleNamespace(out=folder), {})
 
 
 def test_regret_is_what_an_oracle_gains(tmp_path):
     dense = {"test": rows([[2.0, 2.0]])}
     routing = {"load_max_over_mean": 1.2, "entropy": 0.5, "keeps_previous": 0.8, "load": []}
-    arms = dict(routed=[3.0, 3.2], oracle=[2.9, 3.0], oracle_layers=[2.9, 2.98])
+    bounds = evaluated(tmp_path / "b", routing, oracle=[2.9, 3.0], oracle_layers=[2.9, 2.98])
     static = study.Job("static", 0, 0, [], {"test": evaluated(tmp_path / "s", None, routed=[3.5, 3.5])})
-    job = study.Job("domain", 0, 0, [], {"test": evaluated(tmp_path / "d", routing, **arms)})
+    job = study.Job("domain", 0, 0, [], {"test": evaluated(tmp_path / "d", routing, routed=[3.0, 3.2])}, bounds)
     found = study_result.figures(job, dense, static)
     assert found["regret"] == pytest.approx(0.15) and found["choice_cost"] == pytest.approx(0.01)
     assert found["load_max_over_mean"] == 1.2 and found["static_gap"] == pytest.approx(0.4)
     alone = study_result.figures(static, dense, static)
     assert alone["regret"] == alone["choice_cost"] == alone["static_gap"] == 0 and alone["load_max_over_mean"] == 1
-    short = study.Job("domain", 0, 0, [], {"test": evaluated(tmp_path / "r", routing, routed=[3.0, 3.2])})
-    assert "regret" not in study_result.figures(short, dense, None), "nobody asked the oracle"
+    (bounds.folder / "manifest.json").unlink()
+    short = study_result.figures(job, dense, None)
+    assert "regret" not in short and short["loss"] == pytest.approx(3.1), "the oracle is asked last of all"
 
 
 # ---- the whole of it --------------------------------------------------------------------------
@@ -358,7 +362,7 @@ def test_the_result(finished):
         for count, entry in recipe.items():
             assert entry["r"] == pytest.approx(np.exp(entry["loss"] - found["dense"]["loss"]))
             assert entry["ci"][0] <= entry["excess"] <= entry["ci"][1]
-            assert ("regret" in entry) == (name == "static" or count == "0"), "not of tuned weights"
+            assert "regret" in entry and ("choice_cost" in entry) == (name == "static"), "one oracle was asked for"
             assert entry["best_static_gap"] == pytest.approx(entry["static_gap"], abs=1e-9), "the only one of one mask"
             static = found["recipes"]["static"][count]
             assert entry["static_gap"] == pytest.approx(static["loss"] - entry["loss"])

@@ -32,7 +32,7 @@ from readme_jax.alternate import (
 from readme_jax.alternate import check as check_config
 from readme_jax.checkpoint import Checkpoints
 from readme_jax.config import Stopped
-from readme_jax.data import Batches, open_records
+from readme_jax.data import Batches
 from readme_jax.loop import Ahead, Profiler, Timer, Watch, place_batch
 from readme_jax.losses import HeadLoss, TopK
 from readme_jax.metrics import Metrics, Pace, peak_memory
@@ -76,10 +76,9 @@ def train(
     backbone.param_specs(cfg)  # what the mesh cannot split is refused before any work
     experts = check_config(config, experts, cfg.vocab)
     check_extras(config)
-    records = open_records(config.data, "train", cfg.vocab)
     weights = {n: d["weight"] for n, d in artifacts.read_manifest(config.data)["config"]["domains"].items()}
     plan = {"router": config.router, "experts": config.experts}
-    pools = records_of(config, records)
+    pools = records_of(config, cfg.vocab)
     batches = {
         name: Batches(pools[name], weights, batch=p.batch, accum=p.accum, seed=config.seed + i)
         for i, (name, p) in enumerate(plan.items())
@@ -172,9 +171,10 @@ def train(
             return phases["router"].params if route is not None else None
 
         def refit(tick: int) -> None:
-            if count := config.refits(tick):
-                start = cfg, phases["experts"], frozen, table
-                phases["experts"] = refit_phase(*start, batches["experts"], count, route, chooser())
+            if config.refits(tick):
+                p = config.experts
+                text = Batches(pools["refit"], weights, batch=p.batch, accum=p.accum, seed=config.seed)
+                phases["experts"] = refit_phase(cfg, phases["experts"], frozen, table, text, p.refit, route, chooser())
 
         with pace.waiting("compile"):
             to_label = functools.partial(labelled, run=output)

@@ -25,7 +25,8 @@ from readme_jax.steps import make_route
 def main(argv: list[str] | None = None) -> None:
     """Evaluate once; a finished folder of the same config and inputs is only printed again."""
     config: EvaluateConfig = cli.parse(EvaluateConfig, argv, __doc__ or "", prog="readme-jax evaluate", first="model")
-    parents = {"model": config.model, "data": config.data} | ({"router": config.router} if config.router else {})
+    others = {"router": config.router, "labeller": config.labeller}
+    parents = {"model": config.model, "data": config.data} | {name: path for name, path in others.items() if path}
     if not artifacts.finished(config.out, "evaluate", config, parents):
         evaluate(config, parents)
     artifacts.verify(config.out, hashes=True)
@@ -52,6 +53,10 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         _, other, router_cfg = hf.read_config(config.router)
         same = other is not None and experts is not None and other.names == experts.names
         require(same, f"router={config.router}: its experts differ from those of {config.model}")
+    if config.labeller is not None:
+        dense, other, _ = hf.read_config(config.labeller)
+        alike = dense == cfg and other == experts
+        require(alike, f"labeller={config.labeller}: its shapes or experts differ from those of {config.model}")
     if "routed" in config.arms and many and router_cfg is None:
         raise ConfigError(f"arm routed: {config.model} has {experts.experts} experts and no router")  # type: ignore
     records = open_records(config.data, "test", cfg.vocab)
@@ -65,6 +70,11 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
             alike = other_LEC is not None and table_LEC is not None and np.array_equal(other_LEC, table_LEC)
             require(alike, f"router={config.router}: its expert table differs from that of {config.model}")
         table = None if table_LEC is None else make_table(table_LEC, cfg.mlp)
+        labeller = params
+        if config.labeller is not None:
+            labeller, other_LEC, _ = placement.load_sharded(config.labeller, specs, dtype=np.float32)
+            alike = np.array_equal(other_LEC, table_LEC)  # type: ignore
+            require(alike, f"labeller={config.labeller}: its expert table differs from that of {config.model}")
         route = None
         if many and router_params is not None and router_cfg is not None:
             route = functools.partial(make_route(router_cfg, cfg.rope_theta), router.place(router_params))
@@ -82,9 +92,12 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
                 real = batch["index"] >= 0
                 chosen = None if route is None else route(ids[None], segments[None])[0]
                 done = {}
-                if "dense" in config.arms or config.labelled:
+                if "dense" in config.arms or (config.labelled and labeller is params):
                     done["dense"] = losses(params, table, ids, segments, None)
-                best = done["dense"][2] if done else {}
+                best = {}
+                if config.labelled:
+                    own_labels = labeller is params
+                    best = (done["dense"] if own_labels else losses(labeller, table, ids, segments, None))[2]
                 for arm in config.arms:
                     if arm == "own_domain":
                         path = one_route(own[name], batch["ids"], place)

@@ -47,8 +47,14 @@ def main(argv: list[str] | None = None) -> None:
         before = job.finished
         for stage in [*job.stages, *job.evaluations.values()]:
             run.stage(stage)
-        if not before or number == len(jobs):
+        if not before:
             study_page.write(study_result.collect(config, recipes, jobs, dense), out)
+    for stage in (job.bounds for job in jobs if job.bounds is not None):
+        before = stage.finished
+        run.stage(stage)
+        if not before:
+            study_page.write(study_result.collect(config, recipes, jobs, dense), out)
+    study_page.write(study_result.collect(config, recipes, jobs, dense), out)
     print(f"\nstudy: {out / 'study.md'}")
 
 
