@@ -13,9 +13,10 @@ from readme_jax.metrics import read_metrics
 
 DOMAINS = ("code", "docs", "wiki", "news", "science", "qa_math", "books")
 SEQ = 512
+CUT = 2  # rows of a record where experts are tuned: few tokens want many steps (docs/quality.md)
 PROMPTS = ("The capital of France is", "def fibonacci(n):", "Water boils when")
 # Cost of a token in dense forward passes with head, measured on two CPU cores with SmolLM2-135M (docs/LOG.md).
-LABEL_COST, ROUTER_COST, EXPERT_COST = 0.9, 0.12, 7.0
+LABEL_COST, ROUTER_COST, EXPERT_COST = 0.9, 0.12, 7.7
 ARMS_EVALUATED = 6
 
 
@@ -69,6 +70,7 @@ class Plan:
     router_steps: int
     router_batch: int
     expert_steps: int
+    """Of one row each, SEQ / CUT tokens."""
 
 
 def make_plan(config: QuickstartConfig, sizes: Sizes, spent: float, rate: float) -> Plan:
@@ -86,7 +88,7 @@ def make_plan(config: QuickstartConfig, sizes: Sizes, spent: float, rate: float)
     router_steps = int(0.2 * left * rate / (ROUTER_COST * SEQ * batch))
     # an epoch is labels / batch steps; past ten epochs the router only learns the records by heart
     router_steps = max(min(router_steps, 10 * labels // batch), 8)
-    expert_steps = max(int(0.3 * left * rate / (EXPERT_COST * SEQ)), 2)
+    expert_steps = max(CUT * int(0.3 * left * rate / (EXPERT_COST * SEQ)), 2)
     return Plan(
         minutes=config.minutes,
         seed=config.seed,

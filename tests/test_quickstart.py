@@ -11,7 +11,7 @@ from stages import jitted
 
 from readme_jax import artifacts, quickstart, report
 from readme_jax.config import ArtifactError, ConfigError
-from readme_jax.quickstart import DOMAINS, SEQ, Plan, QuickstartConfig, load_plan, make_plan, paired_error, sizes
+from readme_jax.quickstart import CUT, DOMAINS, SEQ, Plan, QuickstartConfig, load_plan, make_plan, paired_error, sizes
 from readme_jax.train import quickstart as program
 
 # ---- the plan ---------------------------------------------------------------------------------
@@ -22,7 +22,7 @@ def total(minutes, rate=400.0, spent=60.0):
     return plan, {
         "labels": plan.label_records * SEQ * quickstart.LABEL_COST / rate,
         "router": plan.router_steps * plan.router_batch * SEQ * quickstart.ROUTER_COST / rate,
-        "experts": 2 * plan.expert_steps * SEQ * quickstart.EXPERT_COST / rate,
+        "experts": 2 * plan.expert_steps * SEQ // CUT * quickstart.EXPERT_COST / rate,
     }
 
 

@@ -21,7 +21,7 @@ from readme_jax.config import ArtifactError, require
 from readme_jax.data import open_records
 from readme_jax.infer import export
 from readme_jax.metrics import Stopwatch, peak_memory_gb, reset_peak_memory
-from readme_jax.quickstart import DOMAINS, PROMPTS, SEQ, QuickstartConfig
+from readme_jax.quickstart import CUT, DOMAINS, PROMPTS, SEQ, QuickstartConfig
 from readme_jax.report import terminal_table, write_report
 from readme_jax.train import alternate, calibrate, carve, evaluate, import_hf, prepare
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
     run.stage("carve_static", lambda: run.program(carve, **cut, carving="static", out=f["static"]))
 
     router = {"steps": plan.router_steps, "batch": plan.router_batch, "optim": {"lr": 1e-3, "warmup": 5}}
-    experts = {"steps": plan.expert_steps, "batch": 1, "optim": {"lr": 2e-4, "warmup": 2}}
+    experts = {"steps": plan.expert_steps, "batch": 1, "cut": CUT, "optim": {"lr": 2e-4, "warmup": 2}}
     tune = {"data": f["data"], "rounds": 1, "seed": config.seed, **one, "checkpoint": {"minutes": 2.0}}
     router |= {"records": plan.label_records}
     none = {"steps": 0, "batch": 1}
