@@ -145,6 +145,7 @@ def test_levers_on_the_same_devices(llama2):
     assert planning.levers(run, "gpu", 0, more=False) == []  # none that is not smaller
 
 
+@pytest.mark.slow
 def test_levers_of_separate_experts(llama2):
     """They are split over `expert` and `model`, not over `data`: weights and moments say so, and the levers."""
 
