@@ -83,8 +83,8 @@ class ExpertPhase:
     ce_weight: float = 0.0
     """Weight of the next-token loss (paper: kd_weight 0, ce_weight 1)."""
     refit: int = 0
-    """Before the first step, w_down is solved in closed form (`refit.py`) on this many batches of calibration records:
-    of text that is then trained on, little would be left to learn. 0: it is not."""
+    """Before the first step, w_down is solved in closed form (`refit.py`) on this many batches of calibration records
+    (the first of the train text): of text that is trained on right after, little would be left to learn. 0: no."""
     tuned: Tuned = "all"
     """`all`: the whole backbone (reference). `ffn`: gate, up and down projections only (paper's text)."""
     way: Way = "masked"
@@ -269,11 +269,11 @@ def records_of(config: AlternateConfig, vocab: int) -> dict[str, dict[str, Recor
         there = sum(map(len, pools[name].values()))
         fits = not _reads(phase) or phase.batch * phase.accum <= there
         require(fits, f"{name}.batch={phase.batch}, {name}.accum={phase.accum}: the phase has only {there} rows")
-    if phase.refit:
+    if (tuning := config.experts).refit:
         records = open_records(config.data, "calibration", vocab)
-        pools["refit"] = {name: own.cut(phase.cut) for name, own in records.items()}
-        there, asked = sum(map(len, pools["refit"].values())), phase.refit * phase.batch * phase.accum
-        require(asked <= there, f"experts.refit={phase.refit}: {asked} rows, calibration has only {there}")
+        pools["refit"] = {name: own.cut(tuning.cut) for name, own in records.items()}
+        there, asked = sum(map(len, pools["refit"].values())), tuning.refit * tuning.batch * tuning.accum
+        require(asked <= there, f"experts.refit={tuning.refit}: {asked} rows, calibration has only {there}")
     return pools
 
 

@@ -42,7 +42,7 @@ class EvaluateConfig:
     agrees."""
     labeller: Path | None = None
     """Label tokens in a run of this folder with all channels, not of the model itself: for tuned weights, which may no
-    longer be a model so, the carved model they began as. Its experts must be the same."""
+    longer be a model so, the carved model they began as. Its experts must be the same. Twice the memory of weights."""
     labels: LabelConfig = LabelConfig()
     """What the label of a token is, for `agreement` and the oracles."""
     batch: int = 1

@@ -54,8 +54,8 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         same = other is not None and experts is not None and other.names == experts.names
         require(same, f"router={config.router}: its experts differ from those of {config.model}")
     if config.labeller is not None:
-        dense, other, _ = hf.read_config(config.labeller)
-        alike = dense == cfg and other == experts
+        shapes, other, _ = hf.read_config(config.labeller)
+        alike = shapes == cfg and other == experts
         require(alike, f"labeller={config.labeller}: its shapes or experts differ from those of {config.model}")
     if "routed" in config.arms and many and router_cfg is None:
         raise ConfigError(f"arm routed: {config.model} has {experts.experts} experts and no router")  # type: ignore
@@ -73,7 +73,7 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
         labeller = params
         if config.labeller is not None:
             labeller, other_LEC, _ = placement.load_sharded(config.labeller, specs, dtype=np.float32)
-            alike = np.array_equal(other_LEC, table_LEC)  # type: ignore
+            alike = other_LEC is not None and table_LEC is not None and np.array_equal(other_LEC, table_LEC)
             require(alike, f"labeller={config.labeller}: its expert table differs from that of {config.model}")
         route = None
         if many and router_params is not None and router_cfg is not None:
@@ -91,13 +91,10 @@ def evaluate(config: EvaluateConfig, parents: dict) -> None:
                 ids, segments = (put(batch[key], spec("batch", "seq")) for key in ("ids", "segments"))
                 real = batch["index"] >= 0
                 chosen = None if route is None else route(ids[None], segments[None])[0]
-                done = {}
-                if "dense" in config.arms or (config.labelled and labeller is params):
-                    done["dense"] = losses(params, table, ids, segments, None)
-                best = {}
-                if config.labelled:
-                    own_labels = labeller is params
-                    best = (done["dense"] if own_labels else losses(labeller, table, ids, segments, None))[2]
+                said = losses(labeller, table, ids, segments, None) if config.labelled else None
+                best, done = said[2] if said else {}, {}
+                if "dense" in config.arms:
+                    done["dense"] = said if said and labeller is params else losses(params, table, ids, segments, None)
                 for arm in config.arms:
                     if arm == "own_domain":
                         path = one_route(own[name], batch["ids"], place)

@@ -42,19 +42,21 @@ def main(argv: list[str] | None = None) -> None:
     dense = study.evaluations(config, "dense")
     for stage in dense.values():
         run.stage(stage)
+
+    def report() -> None:
+        study_page.write(study_result.collect(config, recipes, jobs, dense), out)
+
     for number, job in enumerate(jobs, 1):
         print(f"\n==== {number} of {len(jobs)}: {job.recipe}, {job.tokens} tokens, seed {job.seed}", flush=True)
         before = job.finished
         for stage in [*job.stages, *job.evaluations.values()]:
             run.stage(stage)
         if not before:
-            study_page.write(study_result.collect(config, recipes, jobs, dense), out)
-    for stage in (job.bounds for job in jobs if job.bounds is not None):
-        before = stage.finished
+            report()
+    for stage in (job.bounds for job in jobs if job.bounds is not None and not job.bounds.finished):
         run.stage(stage)
-        if not before:
-            study_page.write(study_result.collect(config, recipes, jobs, dense), out)
-    study_page.write(study_result.collect(config, recipes, jobs, dense), out)
+        report()
+    report()
     print(f"\nstudy: {out / 'study.md'}")
 
 
